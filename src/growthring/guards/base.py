@@ -1,0 +1,157 @@
+"""The contract of a guard, its certificate, and the door into ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from growthring.errors import GuardError
+
+__all__ = ["Certificate", "Guard", "GuardCallback", "SiteCertificate"]
+
+
+@dataclass(frozen=True)
+class SiteCertificate:
+    """What one trainable tensor kept, measured.
+
+    Attributes:
+        name: Qualified name of the parameter.
+        kind: ``"lora_A"``, ``"lora_B"`` or ``"linear"``.
+        dim: Dimension of its feature space.
+        rank: Directions protected from now on.
+        free: Directions left to learn in, ``dim - rank``.
+        energy_target: Share of this task's feature energy asked to be protected.
+        energy: Share that is protected, never below the target except where rounding noise begins.
+        leak: ``||P D||_F / ||D||_F`` of this task's update ``D`` on the space that was protected while it trained;
+            ``None`` when nothing was protected yet.
+    """
+
+    name: str
+    kind: str
+    dim: int
+    rank: int
+    free: int
+    energy_target: float
+    energy: float
+    leak: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a guard can vouch for after a task. Every figure is measured, none is assumed.
+
+    Attributes:
+        guard: Name of the guard.
+        task: Name of the task that just ended.
+        task_index: Its position in the stream, from 0.
+        protected_tasks: Tasks whose knowledge was protected while this one trained.
+        leak: Worst leak over the sites; ``None`` for the first task.
+        energy: Least captured share of this task's feature energy over the sites.
+        free: Free dimensions summed over the sites.
+        dims: Dimensions summed over the sites.
+        output_change: ``max |new - old| / max |old|`` of the model's outputs on the probes kept from earlier tasks,
+            against what the model said when their task ended; ``None`` without probes.
+        probes: Number of old inputs behind ``output_change``.
+        held: Trainable tensors that no site protects and that were therefore held at their old values.
+        sites: One entry per protected tensor.
+        notes: Sentences a reader should see.
+    """
+
+    guard: str
+    task: str
+    task_index: int
+    protected_tasks: int
+    leak: float | None
+    energy: float
+    free: int
+    dims: int
+    output_change: float | None
+    probes: int
+    held: int
+    sites: tuple[SiteCertificate, ...] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The certificate as plain values for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "sites": [dataclasses.asdict(s) for s in self.sites],
+            "notes": list(self.notes),
+        }
+
+
+class Guard(ABC):
+    """What a step must not change, and what is remembered between tasks.
+
+    The order of calls: :meth:`attach` once; for every task :meth:`begin_task`, then for every step
+    :meth:`before_step` (gradients are ready, clipped and unscaled), the optimizer's step, :meth:`after_step`; then
+    :meth:`end_task`.
+    """
+
+    name: str = "guard"
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> None:
+        """Find the sites in ``model``; raise :class:`~growthring.errors.GuardError` if there are none."""
+
+    @abstractmethod
+    def begin_task(self, task: str | None = None) -> None:
+        """Anchor the parameters; the guarantee is about the difference from here on."""
+
+    def loss(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor | None:
+        """A term to add to the loss, or ``None``."""
+        return None
+
+    def before_step(self) -> None:  # noqa: B027
+        """Trim the gradients, so that optimizer statistics stay clean."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Restore the constraint exactly, whatever the optimizer did."""
+
+    @abstractmethod
+    def end_task(self, task: str | None, batches: Iterable[Any]) -> Certificate:
+        """Learn what must be kept of this task, and certify what was kept of the earlier ones."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, plain scalars, strings and containers of them only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+
+    def callback(self) -> GuardCallback:
+        """A ``TrainerCallback`` that makes a plain ``transformers.Trainer`` respect this guard."""
+        return GuardCallback(self)
+
+
+class GuardCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls a guard at the right moments of a ``transformers.Trainer`` run.
+
+    ``on_pre_optimizer_step`` comes after clipping and unscaling, ``on_optimizer_step`` right after the step.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the model that trains and anchor it."""
+        model = kwargs.get("model")
+        if model is None:
+            raise GuardError("the Trainer gave its callbacks no model; growthring needs transformers 5.3 or newer")
+        self.guard.attach(model)
+        self.guard.begin_task()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trim the gradients."""
+        self.guard.before_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the constraint."""
+        self.guard.after_step()

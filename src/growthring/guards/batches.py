@@ -1,0 +1,110 @@
+"""Running a model over batches of any usual form, without a trace of it afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growthring.errors import DataError
+
+__all__ = ["evaluating", "head_of", "mask_for", "output_of", "relative_change", "run_model", "size_of"]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; every module's training flag as before afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def size_of(batch: Any) -> int:
+    """Number of examples in a batch: a mapping of tensors, a tuple that starts with one, or a tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0]
+    parts = (
+        list(batch.values()) if isinstance(batch, Mapping) else list(batch) if isinstance(batch, tuple | list) else []
+    )
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim:
+            return part.shape[0]
+    raise DataError(
+        f"a batch must be a mapping of tensors, a tuple that starts with one, or a tensor; got {type(batch).__name__}"
+    )
+
+
+def head_of(batch: Any, count: int) -> Any:
+    """The first ``count`` examples of a batch, copied to the CPU."""
+    size = size_of(batch)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            part = value[:count] if value.ndim and value.shape[0] == size else value
+            return part.detach().cpu().clone()
+        return value
+
+    if isinstance(batch, Tensor):
+        return cut(batch)
+    if isinstance(batch, Mapping):
+        return {key: cut(value) for key, value in batch.items() if isinstance(value, Tensor)}
+    return cut(batch[0])
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch, moved to where the model is. A tuple's first entry is the input."""
+    first = next(iter(model.parameters()), None)
+    device = first.device if first is not None else torch.device("cpu")
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    return model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+
+
+def output_of(outputs: Any) -> Tensor | None:
+    """The tensor that a model's outputs are about: logits, else the last hidden state, else the first tensor."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        for key in ("logits", "last_hidden_state"):
+            if isinstance(outputs.get(key), Tensor):
+                return outputs[key]
+        outputs = list(outputs.values())
+    if isinstance(outputs, tuple | list):
+        return next((o for o in outputs if isinstance(o, Tensor) and o.ndim), None)
+    return None
+
+
+def mask_for(features: Tensor, batch: Any) -> Tensor | None:
+    """The batch's attention mask when it has one element for every feature row; padding is nobody's knowledge."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if features.shape[:-1] == mask.shape or (
+        features.ndim == 2 and features.shape[0] == mask.numel() != mask.shape[0]
+    ):
+        return mask
+    return None
+
+
+def relative_change(new: Tensor, old: Tensor, mask: Tensor | None = None) -> float:
+    """``max |new - old| / max |old|`` over rows where ``mask`` is set, and over the columns that both have.
+
+    A head that has grown since has more logits; the old ones are compared.
+    """
+    width = min(new.shape[-1], old.shape[-1])
+    new, old = new[..., :width].double().cpu(), old[..., :width].double().cpu()
+    if mask is not None:
+        keep = mask.reshape(-1).bool().cpu()
+        new, old = new.reshape(-1, width)[keep], old.reshape(-1, width)[keep]
+    # columns that were masked out (minus infinity) on both sides carry no information
+    both = torch.isfinite(new) & torch.isfinite(old)
+    scale = float(old[both].abs().max()) if bool(both.any()) else 0.0
+    return float((new - old)[both].abs().max()) / scale if scale else 0.0

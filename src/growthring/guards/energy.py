@@ -1,0 +1,111 @@
+"""How much of the old features' energy is protected: a number, one per kind of site, a schedule, or chosen on data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from growthring.errors import ConfigError, nearest
+
+__all__ = ["CANDIDATES", "DEFAULT_ENERGY", "KINDS", "Energy", "LinearSchedule", "energy_for", "parse_energy"]
+
+KINDS = ("lora_A", "lora_B", "linear")
+"""Kinds of sites that PEGP protects."""
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """Energy rising (or falling) linearly over the tasks of a stream: ``start + (end - start) * t / (tasks - 1)``.
+
+    The rule of InfLoRA (Liang and Li 2024, arXiv 2404.00228), which goes from 0.95 or 0.98 to 1.0.
+
+    Attributes:
+        start: Energy after the first task, in (0, 1].
+        end: Energy after the last task, in (0, 1].
+        tasks: Number of tasks over which it moves, at least 1; later tasks keep ``end``.
+    """
+
+    start: float
+    end: float
+    tasks: int
+
+    def __post_init__(self) -> None:
+        _check_number(self.start, "LinearSchedule.start")
+        _check_number(self.end, "LinearSchedule.end")
+        if self.tasks < 1:
+            raise ConfigError(f"LinearSchedule.tasks is {self.tasks}; it must be at least 1")
+
+    def at(self, task_index: int) -> float:
+        """Energy for the task at ``task_index`` (from 0)."""
+        if self.tasks == 1:
+            return self.end
+        share = min(1.0, max(0.0, task_index / (self.tasks - 1)))
+        return self.start + (self.end - self.start) * share
+
+
+OneEnergy = float | LinearSchedule
+Energy = OneEnergy | Mapping[str, OneEnergy] | Literal["auto"]
+
+DEFAULT_ENERGY: Mapping[str, float] = {"lora_A": 0.95, "lora_B": 0.90, "linear": 0.80}
+"""Used where a mapping leaves a kind out."""
+
+CANDIDATES: tuple[Mapping[str, float], ...] = (
+    {"lora_A": 0.99, "lora_B": 0.97, "linear": 0.95},
+    {"lora_A": 0.95, "lora_B": 0.90, "linear": 0.90},
+    {"lora_A": 0.90, "lora_B": 0.70, "linear": 0.80},
+    {"lora_A": 0.80, "lora_B": 0.50, "linear": 0.70},
+)
+"""What ``energy="auto"`` tries at the first task boundary, most protective first."""
+
+
+def parse_energy(value: Any) -> Energy:
+    """Check an energy given by a user or read from a file.
+
+    Args:
+        value: A number in (0, 1]; a :class:`LinearSchedule` or ``{"start", "end", "tasks"}``; a mapping from kinds of
+            sites to either; or ``"auto"``.
+
+    Returns:
+        The same, with schedules as :class:`LinearSchedule`.
+
+    Raises:
+        ConfigError: On anything else, saying what is allowed.
+    """
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) or value is None:
+        raise ConfigError(f"energy={value!r}: give a number in (0, 1], a mapping over {', '.join(KINDS)}, or 'auto'")
+    if isinstance(value, Mapping) and "start" not in value:
+        if not value:
+            raise ConfigError(f"energy={{}}: name at least one of {', '.join(KINDS)}")
+        for kind in value:
+            if kind not in KINDS:
+                raise ConfigError(f"energy names the unknown kind of site {kind!r}; {nearest(str(kind), KINDS)}")
+        return {kind: _parse_one(one, f"energy[{kind!r}]") for kind, one in value.items()}
+    return _parse_one(value, "energy")
+
+
+def energy_for(energy: Energy, kind: str, task_index: int) -> float:
+    """The threshold for one kind of site after one task."""
+    if energy == "auto":
+        raise ConfigError("energy='auto' has not been chosen yet")
+    one: Any = energy.get(kind, DEFAULT_ENERGY[kind]) if isinstance(energy, Mapping) else energy
+    return one.at(task_index) if isinstance(one, LinearSchedule) else float(one)
+
+
+def _parse_one(value: Any, where: str) -> OneEnergy:
+    if isinstance(value, LinearSchedule):
+        return value
+    if isinstance(value, Mapping):
+        unknown = set(value) - {"start", "end", "tasks"}
+        if unknown or set(value) != {"start", "end", "tasks"}:
+            raise ConfigError(f"{where}={dict(value)}: a schedule has exactly the keys start, end and tasks")
+        return LinearSchedule(float(value["start"]), float(value["end"]), int(value["tasks"]))
+    _check_number(value, where)
+    return float(value)
+
+
+def _check_number(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise ConfigError(f"{where}={value!r}: the share of energy to protect must be a number in (0, 1]")

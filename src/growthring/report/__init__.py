@@ -1,0 +1,8 @@
+"""Tables for the terminal and the self-contained HTML page."""
+
+from __future__ import annotations
+
+from .page import render_report, write_report
+from .tables import matrix_table, summary_table
+
+__all__ = ["matrix_table", "render_report", "summary_table", "write_report"]

@@ -1,0 +1,278 @@
+"""One task of a stream: labelled texts in train, test and (given or carved) validation splits, checked up front."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from growthring.errors import ConfigError, DataError, nearest
+from growthring.streams._checks import (
+    as_label,
+    as_text,
+    check_counts,
+    check_labels,
+    check_name,
+    each,
+    given_labels,
+    number_first,
+    warn_of_overlap,
+    words_of_labels,
+)
+from growthring.streams._splits import Examples, carve, sample
+from growthring.streams.sources import read_rows
+
+__all__ = ["SPLITS", "Task"]
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class Task:
+    """Labelled texts under one name, checked when the object is made; immutable.
+
+    Each split may be a list (or any iterable) of ``{"text": ..., "label": ...}`` dicts or ``(text, label)`` pairs, a
+    dict of two equally long columns, a ``datasets.Dataset``, a torch ``Dataset`` of dicts or pairs, or the path of a
+    ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, each also with ``.gz``.
+
+    Labels become strings: integers with ``ClassLabel`` features by their names, other integers and booleans by
+    ``str``, strings without white space around them.
+
+    Args:
+        name: Name of the task; unique in a stream, and a file name (no slashes).
+        train: Training rows.
+        test: Test rows. They are measured on, never used for any choice.
+        validation: Rows for choices. ``None``: :class:`TaskStream` carves them out of ``train``.
+        text: Name of the text column. Default ``"text"``.
+        label: Name of the label column. Default ``"label"``.
+        labels: The labels in the order wanted. Default: those of ``train``, in ``ClassLabel`` order if there is one,
+            else sorted (numbers by value). Give it to allow a label that has test rows but no training rows.
+        label_texts: What a label means in words, for heads that compare texts with label texts; for labels left out,
+            the label itself with ``_`` read as a blank.
+
+    Attributes:
+        name: As given.
+        labels: Tuple of label strings; a label's place in it is its index in the task.
+        label_texts: Dict from each label to its words, in the order of ``labels``.
+        train: Training :class:`Examples`.
+        validation: Validation :class:`Examples` or ``None``.
+        test: Test :class:`Examples`.
+
+    Raises:
+        DataError: A split is empty or unreadable, a column, a text or a label is missing, a label is unknown, or a
+            test label never appears in train. The message names task, split, row (0-based) and fix.
+
+    Warns:
+        UserWarning: Only one class; or a text stands in two splits.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    label_texts: dict[str, str]
+    train: Examples
+    validation: Examples | None
+    test: Examples
+
+    def __init__(
+        self,
+        name: str,
+        train: Any,
+        test: Any,
+        validation: Any = None,
+        *,
+        text: str = "text",
+        label: str = "label",
+        labels: Sequence[str] | None = None,
+        label_texts: Mapping[str, str] | None = None,
+    ) -> None:
+        check_name(name)
+        splits: dict[str, Examples] = {}
+        places: dict[str, str] = {}
+        class_names: list[str] = []
+        for split, source in (("train", train), ("validation", validation), ("test", test)):
+            if source is None and split == "validation":
+                continue
+            where = f"task {name!r}, {split} split"
+            if source is None:
+                raise DataError(f"{where}: there is none (None). A task needs train and test rows.")
+            if isinstance(source, Examples):
+                source = list(source)
+            rows = read_rows(source, text=text, label=label, where=where)
+            if not rows.texts:
+                raise DataError(f"{rows.where} is empty. Give it at least one row.")
+            places[split] = rows.where
+            splits[split] = Examples(
+                each(rows.texts, as_text, rows.where, "Fill in the text or remove the row"),
+                each(
+                    rows.labels,
+                    partial(as_label, names=rows.names),
+                    rows.where,
+                    "Give the row one label or remove it",
+                ),
+            )
+            class_names = class_names or list(rows.names or ())
+        found = set(splits["train"].labels)
+        if labels is None:
+            named = found <= set(class_names)
+            order = [entry for entry in class_names if entry in found] if named else sorted(found, key=number_first)
+        else:
+            order = given_labels(name, labels)
+        for split, examples in splits.items():
+            check_labels(examples, order, places[split], given=labels is not None)
+        if len(found) == 1:
+            warnings.warn(
+                f"task {name!r}: all {len(splits['train'])} training rows have the label {order[0]!r}; there is "
+                f"nothing to tell apart. Check that label={label!r} is the right column.",
+                UserWarning,
+                stacklevel=2,
+            )
+        warn_of_overlap(name, splits)
+        self._set(name, tuple(order), words_of_labels(name, order, label_texts), splits)
+
+    def _set(self, name: str, labels: tuple[str, ...], texts: dict[str, str], splits: Mapping[str, Examples]) -> None:
+        values = {"name": name, "labels": labels, "label_texts": texts}
+        for attribute, value in {**values, **{split: splits.get(split) for split in SPLITS}}.items():
+            object.__setattr__(self, attribute, value)
+
+    def _with(self, **splits: Examples) -> Task:
+        """Return this task with other splits, which are subsets of the checked ones."""
+        new = object.__new__(Task)
+        new._set(self.name, self.labels, self.label_texts, {**self.splits(), **splits})
+        return new
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        path: str,
+        *,
+        config: str | None = None,
+        splits: Mapping[str, str] | None = None,
+        text: str = "text",
+        label: str = "label",
+        labels: Sequence[str] | None = None,
+        label_texts: Mapping[str, str] | None = None,
+    ) -> Task:
+        """Load a data set of the Hugging Face hub (or anything else ``datasets.load_dataset`` opens without code).
+
+        Args:
+            name: Name of the task.
+            path: Hub name, for example ``"SetFit/sst2"``.
+            config: Configuration of the data set, if it has several.
+            splits: Which split of the data set is ``"train"``, ``"test"`` and (optional) ``"validation"``; slices such
+                as ``"train[:2000]"`` are allowed. Default ``{"train": "train", "test": "test"}``.
+            text: Name of the text column.
+            label: Name of the label column.
+            labels: As in :class:`Task`.
+            label_texts: As in :class:`Task`.
+
+        Raises:
+            DataError: The data set, configuration or split cannot be loaded, or its rows fail the checks.
+            ConfigError: ``splits`` has an unknown key or lacks train or test.
+        """
+        splits = {"train": "train", "test": "test"} if splits is None else splits
+        for key in splits:
+            if key not in SPLITS:
+                raise ConfigError(f"task {name!r}: splits has the key {key!r}; {nearest(str(key), SPLITS)}")
+        for key in ("train", "test"):
+            if key not in splits:
+                raise ConfigError(f"task {name!r}: splits does not say which split is {key!r}; add {key!r}: ...")
+        from datasets import load_dataset
+
+        loaded: dict[str, Any] = {}
+        for key, split in splits.items():
+            try:
+                loaded[key] = load_dataset(path, config, split=split)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise DataError(
+                    f"task {name!r}, {key} split: datasets.load_dataset({path!r}, {config!r}, split={split!r}) "
+                    f"failed: {type(error).__name__}: {error}. Check path, config and splits, and the network "
+                    f"connection (HF_HUB_OFFLINE must not be set); local files are read with Task(name, train, test)."
+                ) from error
+        return cls(
+            name,
+            loaded["train"],
+            loaded["test"],
+            loaded.get("validation"),
+            text=text,
+            label=label,
+            labels=labels,
+            label_texts=label_texts,
+        )
+
+    def splits(self) -> dict[str, Examples]:
+        """Return the splits that are there, by name, in the order train, validation, test."""
+        return {split: getattr(self, split) for split in SPLITS if getattr(self, split) is not None}
+
+    def carve_validation(self, fraction: float = 0.1, seed: int = 0, *, rows: int | None = None) -> Task:
+        """Split validation rows off train, stratified by label, at least one a label when possible.
+
+        Rows with the same text stay on one side. The test split has no part in it.
+
+        Args:
+            fraction: Share of the training rows, between 0 and 1. Default 0.1.
+            seed: Chooses the rows; the same rows on every machine and in any order of the file.
+            rows: Number of rows, in place of ``fraction``.
+
+        Returns:
+            A task with a validation split; this one, if it has one.
+
+        Raises:
+            ConfigError: ``fraction`` or ``rows`` or ``seed`` is out of range.
+            DataError: No label has two different training texts.
+        """
+        if self.validation is not None:
+            return self
+        if not 0 < fraction < 1:
+            raise ConfigError(f"validation fraction must be between 0 and 1, got {fraction!r}")
+        check_counts(seed, validation=rows)
+        count = round(fraction * len(self.train)) if rows is None else rows
+        kept, carved = carve(self.train, count, seed, f"{self.name}/validation")
+        if not len(carved):
+            raise DataError(
+                f"task {self.name!r}, train split: no label has two different texts, so no validation rows can be "
+                f"split off {len(self.train)} rows. Add training rows or pass validation=..."
+            )
+        return self._with(train=kept, validation=carved)
+
+    def limit(
+        self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0
+    ) -> Task:
+        """Draw smaller splits, stratified by label; a split that is small enough stays as it is.
+
+        Args:
+            train: Largest number of training rows; ``None`` for all.
+            validation: Largest number of validation rows. If the task has none, this many are carved out of train.
+            test: Largest number of test rows.
+            seed: Chooses the rows; the same rows on every machine and in any order of the file.
+
+        Returns:
+            A task with the same name and labels.
+
+        Raises:
+            ConfigError: A number is not positive, or ``train`` is less than the number of labels in train.
+        """
+        check_counts(seed, train=train, validation=validation, test=test)
+        task = self
+        if validation is not None and task.validation is None:
+            task = task.carve_validation(seed=seed, rows=validation)
+        limits = {"train": train, "validation": validation, "test": test}
+        smaller = {}
+        for split, examples in task.splits().items():
+            count = limits[split]
+            if count is None:
+                continue
+            classes = len(set(examples.labels))
+            if split == "train" and count < classes:
+                raise ConfigError(
+                    f"task {self.name!r}: {count} training rows cannot hold its {classes} labels; ask for at least "
+                    f"train={classes}"
+                )
+            smaller[split] = sample(examples, count, seed, f"{self.name}/{split}")
+        return task._with(**smaller)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split}={len(examples)}" for split, examples in self.splits().items())
+        return f"Task({self.name!r}, {len(self.labels)} labels, {sizes})"

@@ -1,0 +1,21 @@
+"""Ground floor: pure tensor algebra. It knows no model, no trainer and no process group."""
+
+from .basis import Growth, Subspace
+from .batching import SubspaceBank, bucket
+from .health import Health, check_health, numerical_rank
+from .moments import SecondMoment
+from .range_finders import RANGE_FINDERS, RangeFinder, find_range
+
+__all__ = [
+    "RANGE_FINDERS",
+    "Growth",
+    "Health",
+    "RangeFinder",
+    "SecondMoment",
+    "Subspace",
+    "SubspaceBank",
+    "bucket",
+    "check_health",
+    "find_range",
+    "numerical_rank",
+]

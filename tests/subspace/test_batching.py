@@ -1,0 +1,137 @@
+"""``SubspaceBank`` must equal the plain loop, whatever is mixed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from growthring.errors import ConfigError
+from growthring.subspace import Subspace, SubspaceBank, bucket
+
+from . import reference
+from .strategies import PROPERTY, orthonormal, randn, scales, seeds, wide_dtypes
+
+ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+dtypes = st.sampled_from(list(ROUNDING))
+# few different sizes, so that sites do share kernels
+site = st.tuples(st.sampled_from([1, 3, 8]), st.sampled_from([1, 5, 12]), st.integers(0, 12), dtypes, wide_dtypes)
+
+
+def make(seed, sites, scale=1.0):
+    spaces, matrices = [], []
+    for index, (rows, d, k, dtype, kept) in enumerate(sites):
+        spaces.append(Subspace(d, orthonormal(seed + index, d, min(k, d)), dtype=kept))
+        matrices.append((randn(seed + 100 + index, rows, d) * scale).clamp(-6e4, 6e4).to(dtype))
+    return spaces, matrices
+
+
+@PROPERTY
+@given(seeds, st.lists(site, max_size=12), st.sampled_from([1, 4, 16]), scales)
+def test_equals_the_loop_for_mixed_shapes_ranks_and_dtypes(seed, sites, pad, scale):
+    """Empty and full subspaces, stored bases and complements, float16 to float64 side by side."""
+    spaces, matrices = make(seed, sites, scale)
+    expected = reference.loop_reject(spaces, matrices)
+    one_by_one = [space.reject(matrix) for space, matrix in zip(spaces, matrices, strict=True)]
+    before = [matrix.clone() for matrix in matrices]
+    SubspaceBank(spaces, [tuple(m.shape) for m in matrices], pad=pad).reject_(matrices)
+    for found, dense, single, original in zip(matrices, expected, one_by_one, before, strict=True):
+        assert found.dtype == original.dtype
+        atol = ROUNDING[found.dtype] * float(original.double().norm()) + (1e-7 if found.dtype == torch.half else 0)
+        torch.testing.assert_close(found.double(), dense, rtol=0, atol=atol)
+        torch.testing.assert_close(found.double(), single.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("k", [0, 3, 9, 12])
+def test_the_same_subspace_may_stand_several_times(k):
+    """Query, key and value share one input, and one basis."""
+    space = Subspace(12, orthonormal(0, 12, k))
+    matrices = [randn(s, 6, 12, dtype=torch.float32) for s in range(3)]
+    expected = [space.reject(m) for m in matrices]
+    SubspaceBank([space] * 3, [(6, 12)] * 3).reject_(matrices)
+    for found, wanted in zip(matrices, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_empty_changes_no_bit_and_full_leaves_exactly_nothing():
+    spaces = [Subspace(6), Subspace(6), Subspace(6, orthonormal(0, 6, 6)), Subspace(6, orthonormal(1, 6, 6))]
+    matrices = [randn(s, 4, 6, dtype=torch.float32) for s in range(4)]
+    before = [m.clone() for m in matrices]
+    SubspaceBank(spaces, [(4, 6)] * 4).reject_(matrices)
+    assert torch.equal(matrices[0], before[0])
+    assert torch.equal(matrices[1], before[1])
+    assert not matrices[2].any()
+    assert not matrices[3].any()
+
+
+def test_parameters_and_non_contiguous_matrices_are_changed_in_place():
+    space = Subspace(6, orthonormal(0, 6, 2))
+    weight = torch.nn.Parameter(randn(0, 5, 6, dtype=torch.float32))
+    base = randn(1, 6, 5, dtype=torch.float32)
+    expected = [space.reject(weight.detach()), space.reject(base.T)]
+    SubspaceBank([space, space], [(5, 6), (5, 6)]).reject_([weight, base.T])
+    torch.testing.assert_close(weight.detach(), expected[0])
+    torch.testing.assert_close(base.T, expected[1])
+    assert weight.requires_grad
+    assert weight.is_leaf
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("k", [10, 50])
+def test_trap_4_autocast_and_shortened_products_do_not_reach_it(count, k):
+    spaces = [Subspace(64, orthonormal(s, 64, k)) for s in range(count)]
+    start = [randn(s, 64, 64, dtype=torch.float32) for s in range(count)]
+    bank = SubspaceBank(spaces, [(64, 64)] * count)
+
+    def run():
+        matrices = [m.clone() for m in start]
+        bank.reject_(matrices)
+        return torch.stack(matrices)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), plain)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(run(), plain)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for space, found in zip(spaces, plain, strict=True):
+        assert space.share(found) < 1e-6
+
+
+def test_forty_sites_cost_a_few_kernels():
+    """Ranks that differ within the padding share a block; the count of blocks is what the batching is for."""
+    spaces = [Subspace(64, orthonormal(s, 64, 17 + s % 10)) for s in range(40)]
+    bank = SubspaceBank(spaces, [(64, 64)] * 40)
+    assert len(bank._blocks) == 1
+    assert len(SubspaceBank(spaces, [(64, 64)] * 40, pad=1)._blocks) == 10  # the control
+
+
+def test_disagreements_are_refused_before_anything_changes():
+    spaces = [Subspace(4, torch.eye(4)[:, :1]), Subspace(5, torch.eye(5)[:, :1])]
+    with pytest.raises(ConfigError, match="2 subspaces for 1"):
+        SubspaceBank(spaces, [(3, 4)])
+    with pytest.raises(ConfigError, match=r"matrix 1 is \(3, 4\).*R\^5"):
+        SubspaceBank(spaces, [(3, 4), (3, 4)])
+    bank = SubspaceBank(spaces, [(3, 4), (3, 5)])
+    with pytest.raises(ConfigError, match="got 1 matrices"):
+        bank.reject_([torch.ones(3, 4)])
+    matrices = [torch.ones(3, 4), torch.ones(5, 3)]
+    with pytest.raises(ConfigError, match=r"matrix 1 is \(5, 3\).*\(3, 5\)"):
+        bank.reject_(matrices)
+    assert torch.equal(matrices[0], torch.ones(3, 4))
+
+
+def test_nothing_to_do():
+    SubspaceBank([], []).reject_([])
+
+
+def test_bucket_groups_what_one_kernel_can_take():
+    tensors = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(3, 2)]
+    groups = bucket(tensors)
+    assert list(groups.values()) == [[0, 2], [1, 4], [3]]
+    assert next(iter(groups)) == ((2, 3), torch.float32, torch.device("cpu"))
+    assert bucket([]) == {}
