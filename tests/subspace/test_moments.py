@@ -273,6 +273,8 @@ def test_frequent_directions_bound(seed, d, n, size, rank, batch):
     assert float(gap[0]) >= -1e-12 * energy
     assert float(gap[-1]) <= sketch.shrinkage + 1e-12 * energy
     assert sketch.shrinkage <= energy / sketch.sketch_rows
+    # the heart of the proof: each unit of shrinkage takes at least l units of energy out of the sketch
+    assert energy - float(factor.square().sum()) >= sketch.sketch_rows * sketch.shrinkage - 1e-12 * energy
     assert sketch.trace == pytest.approx(energy, rel=1e-12)
     if min(rank, n, d) <= sketch.sketch_rows:  # it fits: nothing is lost
         assert sketch.shrinkage <= 1e-12 * energy

@@ -121,6 +121,7 @@ def test_warm_start_keeps_old_directions_where_the_matrix_has_none():
     found = find_range(matrix, 3, "warm", previous=previous)
     assert gram_error(found) < 1e-6
     assert captured(matrix, found) == pytest.approx(float(matrix.square().sum()), rel=1e-5)
+    previous = torch.cat([orthonormal(3, 7, 3), torch.zeros(1, 3)]).float()  # nothing along the last axis
     orthogonal = torch.outer(torch.eye(8)[7], randn(0, 5, dtype=torch.float32))
     assert distance(find_range(orthogonal, 3, "warm", previous=previous), previous) < 1e-6
 

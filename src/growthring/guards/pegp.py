@@ -1,14 +1,14 @@
 """PEGP: parameter-efficient gradient projection, made exact.
 
-Qiao et al., "Gradient Projection For Continual Parameter-Efficient Tuning", arXiv 2405.13383, TPAMI 2025. An old input
-``x`` keeps its output when the change ``D`` of every adapted matrix satisfies ``D x = 0`` (equations 13-14). With ``U``
-an orthonormal basis of the old features, a step does
+Qiao et al., "Gradient Projection For Continual Parameter-Efficient Tuning", arXiv 2405.13383, TPAMI 2025. An old
+input ``x`` keeps its output when the change ``D`` of every adapted matrix satisfies ``D x = 0`` (equations 13-14).
+With ``U`` an orthonormal basis of the old features, a step does
 
     g <- g - (g U) U^T                      before the optimizer: its statistics stay clean
     theta <- theta_0 + D - (D U) U^T        after it, with D = theta - theta_0: exact for any optimizer
 
-The second line is what the published code lacks: Adam's element-wise scaling, weight decay and old momentum all rotate a
-projected gradient back into the protected space (a third of the update's norm, measured).
+The second line is what the published code lacks: Adam's element-wise scaling, weight decay and old momentum all rotate
+a projected gradient back into the protected space.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from growthring.errors import ConfigError, GuardError
-from growthring.subspace import SecondMoment, Subspace, SubspaceBank
+from growthring.subspace import SubspaceBank
 
 from . import storage
-from .base import Certificate, Guard, SiteCertificate
-from .batches import evaluating, head_of, mask_for, output_of, relative_change, run_model, size_of
+from .base import Certificate, Guard
+from .batches import evaluating
 from .energy import CANDIDATES, Energy, energy_for, parse_energy
-from .sites import Site, capture, find_sites, group_by_input, original_name, unprotected
+from .memory import EXACT_ABOVE, Collected, FeatureMemory, Probes, collect
+from .sites import Site, find_sites, original_name, unprotected
 
 __all__ = ["PEGP"]
 
 logger = logging.getLogger(__name__)
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 class PEGP(Guard):
@@ -49,7 +51,7 @@ class PEGP(Guard):
             tasks in place of any number, or ``"auto"``: chosen on validation data at the first task boundary, by
             :class:`~growthring.ContinualTrainer` or :meth:`tune`. 1.0 protects every direction above rounding noise.
             Default 0.95.
-        samples: Examples whose features are collected at the end of a task; default 512.
+        samples: Examples whose features are collected at the end of a task; default 256.
         probes: Inputs of each task kept, on the CPU, to *measure* how far outputs drift; never trained on. Default 8;
             0 keeps no input at all.
         max_probe_tasks: Tasks whose probes are kept; the oldest stay. Default 32.
@@ -75,7 +77,7 @@ class PEGP(Guard):
         self,
         energy: Energy | float | Mapping[str, Any] | str = 0.95,
         *,
-        samples: int = 512,
+        samples: int = 256,
         probes: int = 8,
         max_probe_tasks: int = 32,
         unprotected: str = "hold",
@@ -84,29 +86,31 @@ class PEGP(Guard):
         self.energy: Energy = parse_energy(energy)
         if samples < 1 or probes < 0 or max_probe_tasks < 0:
             raise ConfigError(
-                f"PEGP(samples={samples}, probes={probes}, max_probe_tasks={max_probe_tasks}): too small"
+                f"PEGP(samples={samples}, probes={probes}, max_probe_tasks={max_probe_tasks}): samples must be at "
+                "least 1, the others at least 0"
             )
         if unprotected not in ("hold", "allow"):
             raise ConfigError(f"PEGP(unprotected={unprotected!r}): allowed are 'hold' and 'allow'")
-        self.samples, self.probes, self.max_probe_tasks = samples, probes, max_probe_tasks
+        if not candidates:
+            raise ConfigError("PEGP(candidates=()): give at least one energy to try")
+        self.samples = samples
         self.unprotected = unprotected
         self.candidates = tuple(parse_energy(c) for c in candidates)
         self.tasks: list[str] = []
         """Names of the tasks in the memory."""
-        self._spaces: dict[str, Subspace] = {}
-        self._site_space: dict[str, str] = {}
+        self._memory = FeatureMemory()
+        self._probes = Probes(probes, max_probe_tasks)
+        self._pending: tuple[FeatureMemory, Collected] | None = None
         self._marks: dict[str, float] = {}
         self._known: set[str] = set()
-        self._probes: list[tuple[Any, Tensor]] = []
-        self._pending: tuple[dict[str, Subspace], dict[str, SecondMoment], list[list[Site]]] | None = None
         self._model: nn.Module | None = None
         self._sites: list[Site] = []
-        self._begun = False
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._guarded: list[Site] = []
         self._anchors: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
-        self._guarded: list[Site] = []
-        self._parameters: dict[str, nn.Parameter] = {}
         self._bank: SubspaceBank | None = None
+        self._begun = False
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -116,32 +120,34 @@ class PEGP(Guard):
         Raises:
             GuardError: If nothing trainable can be protected, or a stored memory belongs to another model.
         """
-        sites = find_sites(model, self._site_space)
+        sites = find_sites(model, self._memory.site_space)
         names = {original_name(n): p for n, p in model.named_parameters()}
         trainable = [n for n, p in names.items() if p.requires_grad]
         if not trainable:
             raise GuardError(
                 "PEGP: no parameter of the model is trainable. Add an adapter (peft.get_peft_model) or set "
-                "requires_grad on the weights that should learn; a PEFT model loaded for inference needs is_trainable=True"
+                "requires_grad on the weights that should learn; a PEFT model loaded for inference needs "
+                "is_trainable=True"
             )
         if not any(names[s.name].requires_grad for s in sites):
             raise GuardError(
                 f"PEGP found no LoRA factor and no linear weight among the {len(trainable)} trainable tensors "
                 f"(the first: {', '.join(trainable[:3])}). It protects LoRA on linear layers and plain linear weights"
             )
-        missing = [n for n in self._site_space if n not in names]
+        missing = [n for n in self._memory.site_space if n not in names]
         if missing:
             raise GuardError(
-                f"the memory protects {len(self._site_space)} tensors, and {len(missing)} of them are not in this model "
-                f"(the first: {missing[0]}). Attach it to the model it was made with, wrapped in the same way"
+                f"the memory protects {len(self._memory.site_space)} tensors, and {len(missing)} of them are not in "
+                f"this model (the first: {missing[0]}). Attach it to the model it was made with, wrapped the same way"
             )
         for site in sites:
-            space = self._space(site)
+            space = self._memory.space(site.name)
             if space is not None and space.dim != site.dim:
                 raise GuardError(
-                    f"{site.name} sees {site.dim} features; the memory holds a basis of R^{space.dim} for it"
+                    f"{site.name} sees {site.dim} features, but the memory holds a basis of R^{space.dim}"
                 )
-        self._model, self._sites, self._parameters, self._begun = model, sites, names, False
+        self._model, self._sites, self._parameters = model, sites, names
+        self._leave()
 
     def begin_task(self, task: str | None = None) -> None:
         """Anchor every protected tensor where it is now.
@@ -155,22 +161,7 @@ class PEGP(Guard):
                 "energy='auto' has to be chosen before the second task: let gr.ContinualTrainer do it, call "
                 "guard.tune(trial) with a function that trains and scores one candidate, or give a number"
             )
-        self._check_marks()
-        self._guarded = [s for s in self._sites if self._parameters[s.name].requires_grad and self._protects(s)]
-        self._anchors = {s.name: self._copy(s.name) for s in self._guarded}
-        guarded = {s.name for s in self._guarded}
-        bare = [s.name for s in self._sites if self._parameters[s.name].requires_grad and s.name not in guarded]
-        loose = [n for n in (*unprotected(model, self._sites), *bare) if n in self._known]
-        self._held = {n: self._copy(n) for n in loose} if self.unprotected == "hold" else {}
-        self._bank = None
-        if self._guarded:
-            first = self._parameters[self._guarded[0].name]
-            shapes = [tuple(s.view(self._parameters[s.name]).shape) for s in self._guarded]
-            self._bank = SubspaceBank(
-                [self._spaces[self._site_space[s.name]] for s in self._guarded], shapes, device=first.device
-            )  # type: ignore[arg-type]
-        self._begun = True
-        self._tell(loose)
+        self._enter(model)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -180,15 +171,15 @@ class PEGP(Guard):
             gradient = self._parameters[name].grad
             if gradient is not None:
                 gradient.zero_()
-        if self._bank is None:
+        gradients = [self._parameters[s.name].grad for s in self._guarded]
+        present = [(s, g) for s, g in zip(self._guarded, gradients, strict=True) if g is not None]
+        if self._bank is not None and len(present) == len(gradients):
+            self._bank.reject_([s.view(g) for s, g in present])
             return
-        gradients = [(s, self._parameters[s.name].grad) for s in self._guarded]
-        if all(g is not None for _, g in gradients):
-            self._bank.reject_([s.view(g) for s, g in gradients if g is not None])
-            return
-        for site, gradient in gradients:
-            if gradient is not None:
-                self._spaces[self._site_space[site.name]].reject_(site.view(gradient))
+        for site, gradient in present:
+            space = self._memory.space(site.name)
+            assert space is not None
+            space.reject_(site.view(gradient))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -198,9 +189,9 @@ class PEGP(Guard):
             self._parameters[name].copy_(anchor)
         if self._bank is None:
             return
-        parameters = [self._parameters[s.name] for s in self._guarded]
+        parameters: list[Tensor] = [self._parameters[s.name] for s in self._guarded]
         anchors = [self._anchors[s.name] for s in self._guarded]
-        deltas = [p.to(a.dtype) - a if p.dtype != a.dtype else p - a for p, a in zip(parameters, anchors, strict=True)]
+        deltas = [p.to(a.dtype) - a for p, a in zip(parameters, anchors, strict=True)]
         self._bank.reject_([s.view(d) for s, d in zip(self._guarded, deltas, strict=True)])
         torch._foreach_add_(deltas, anchors)
         torch._foreach_copy_(parameters, deltas)
@@ -222,36 +213,39 @@ class PEGP(Guard):
         model = self._attached()
         index = len(self.tasks)
         task = task or f"task-{index + 1}"
-        leaks = self._leaks()
-        notes = list(self._notes())
+        leaks, notes, held = self._leaks(), self._notes(), len(self._held)
         with evaluating(model):
-            change = self._output_change(model)
-            kept, groups, moments = self._collect(model, batches)
-        before = {name: space.clone() for name, space in self._spaces.items()}
-        target: Energy = self.candidates[0] if self.energy == "auto" else self.energy
-        sites = self._grow(groups, moments, target, index, leaks)
-        if self.energy == "auto" and index == 0:
-            self._pending = (before, moments, groups)
+            change, compared = self._probes.change(model), self._probes.inputs
+            collected = collect(model, self._sites, batches, self.samples, self._exact_sites(index), self._probes)
+        before = self._memory.copy() if self.energy == "auto" else None
+        energy: Energy = self.candidates[0] if self.energy == "auto" else self.energy
+        sites = self._memory.grow(collected, energy, index, self._parameters, leaks)
+        if before is not None:
+            self._pending = (before, collected)
             notes.append("energy='auto' is not chosen yet: these ranks are those of the most protective candidate")
-        held = len(self._held)
-        protected = index
-        if len(self._probes) < self.max_probe_tasks and self.probes:
-            self._probes.extend(kept)
         self.tasks.append(task)
         self._known = {original_name(n) for n, _ in model.named_parameters()}
         self._marks = {s.name: self._mark(s.name) for s in self._sites}
-        self._begun, self._anchors, self._held, self._bank, self._guarded = False, {}, {}, None, []
+        self._leave()
         certificate = Certificate(
-            guard=self.name, task=task, task_index=index, protected_tasks=protected,
-            leak=max((v for v in leaks.values()), default=None) if protected else None,
-            energy=min(s.energy for s in sites), free=sum(s.free for s in sites), dims=sum(s.dim for s in sites),
-            output_change=change, probes=sum(size_of(b) for b, _ in self._probes) if change is not None else 0,
-            held=held, sites=tuple(sites), notes=tuple(notes),
-        )  # fmt: skip
+            guard=self.name,
+            task=task,
+            task_index=index,
+            protected_tasks=index,
+            leak=max(leaks.values(), default=None) if index else None,
+            energy=min(s.energy for s in sites),
+            free=sum(s.free for s in sites),
+            dims=sum(s.dim for s in sites),
+            output_change=change,
+            probes=compared,
+            held=held,
+            sites=tuple(sites),
+            notes=tuple(notes),
+        )
         if certificate.free == 0:
             warnings.warn(
-                f"PEGP: after {task!r} no free direction is left at any of {len(sites)} sites, so nothing can be learned "
-                "from now on. Lower the energy, widen the adapter (a larger rank), or adapt more layers",
+                f"PEGP: after {task!r} no free direction is left at any of {len(sites)} sites, so nothing can be "
+                "learned from now on. Lower the energy, widen the adapter (a larger rank), or adapt more layers",
                 stacklevel=2,
             )
         return certificate
@@ -278,90 +272,100 @@ class PEGP(Guard):
             The chosen energy: the most protective of the best. The memory is grown to it.
 
         Raises:
-            GuardError: If there is nothing to choose (not ``"auto"``, or not exactly one task consolidated).
+            GuardError: If there is nothing to choose (not ``"auto"``, or not right after the first task).
         """
         if self._pending is None:
             raise GuardError("PEGP.tune: only for energy='auto', after the first task and before the second")
-        before, moments, groups = self._pending
-        best: tuple[float, Energy] | None = None
+        before, collected = self._pending
+        scores: list[float] = []
         for candidate in self.candidates:
-            self._regrow(before, moments, groups, candidate)
-            score = trial(candidate)
-            logger.info("PEGP energy %s scores %.4f on validation data", candidate, score)
-            if best is None or score > best[0]:
-                best = (score, candidate)
-        if best is None:
-            raise ConfigError("PEGP.tune: candidates is empty")
-        self._regrow(before, moments, groups, best[1])
-        self.energy, self._pending = best[1], None
+            self._take(before, collected, candidate)
+            scores.append(trial(candidate))
+            logger.info("PEGP: energy %s scores %.4f on validation data", candidate, scores[-1])
+        self._take(before, collected, self.candidates[scores.index(max(scores))])
+        self._pending = None
         return self.energy
+
+    def exhausted(self) -> bool:
+        """True when every site is protected and no free direction is left at any of them."""
+        spaces = self._memory.spaces.values()
+        return bool(spaces) and all(space.free == 0 for space in spaces)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the memory to ``folder`` as safetensors and JSON, each file atomically."""
-        return storage.save(Path(folder), self.settings(), self.state_dict())
+        return storage.save(Path(folder), self.name, self.settings(), self.state_dict())
 
     @classmethod
     def load_pretrained(cls, folder: str | Path) -> PEGP:
-        """Read a memory written by :meth:`save_pretrained`; nothing in it is executed."""
-        settings, state = storage.load(Path(folder), "pegp")
+        """Read a memory written by :meth:`save_pretrained`; nothing in it is executed.
+
+        Raises:
+            DataError: If the folder holds no whole memory of this guard, or one of a newer format.
+        """
+        settings, state = storage.load(Path(folder), cls.name)
         guard = cls(**settings)
         guard.load_state_dict(state)
         return guard
 
-    def exhausted(self) -> bool:
-        """True when every site is protected and no free direction is left at any of them."""
-        return bool(self._site_space) and all(space.free == 0 for space in self._spaces.values())
-
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain values."""
         return {
-            "energy": storage.plain(self.energy), "samples": self.samples, "probes": self.probes,
-            "max_probe_tasks": self.max_probe_tasks, "unprotected": self.unprotected,
+            "energy": storage.plain(self.energy),
+            "samples": self.samples,
+            "probes": self._probes.each,
+            "max_probe_tasks": self._probes.tasks,
+            "unprotected": self.unprotected,
             "candidates": [storage.plain(c) for c in self.candidates],
-        }  # fmt: skip
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, and the anchors when called inside a task: tensors and plain values only."""
         state: dict[str, Any] = {
-            "tasks": list(self.tasks), "site_space": dict(self._site_space), "marks": dict(self._marks),
-            "known": sorted(self._known), "energy": storage.plain(self.energy),
-            "spaces": {k: v.state_dict() for k, v in self._spaces.items()},
-            "probes": [{"inputs": b if isinstance(b, dict) else {"": b}, "outputs": o} for b, o in self._probes],
+            "tasks": list(self.tasks),
+            "energy": storage.plain(self.energy),
+            "memory": self._memory.state_dict(),
+            "marks": dict(self._marks),
+            "known": sorted(self._known),
+            "probes": self._probes.state_dict(),
             "anchors": {k: v.clone() for k, v in self._anchors.items()},
             "held": {k: v.clone() for k, v in self._held.items()},
-        }  # fmt: skip
+        }
         if self._pending is not None:
-            before, moments, groups = self._pending
-            state["pending"] = {
-                "spaces": {k: v.state_dict() for k, v in before.items()},
-                "moments": {k: v.state_dict() for k, v in moments.items()},
-                "groups": [[s.name for s in group] for group in groups],
-            }
+            before, collected = self._pending
+            state["pending"] = {"memory": before.state_dict(), "collected": collected.state_dict()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a memory. Inside a task, call after :meth:`begin_task` to go on from the stored anchors."""
-        self.tasks = list(state["tasks"])
-        self._site_space, self._marks = dict(state["site_space"]), {k: float(v) for k, v in state["marks"].items()}
-        self._known, self.energy = set(state["known"]), parse_energy(state["energy"])
-        self._spaces = {k: Subspace.from_state_dict(v) for k, v in state["spaces"].items()}
-        self._probes = [
-            (p["inputs"][""] if set(p["inputs"]) == {""} else dict(p["inputs"]), p["outputs"])
-            for p in state.get("probes", [])
-        ]
-        self._anchors = {
-            k: v.to(self._anchors[k]) if k in self._anchors else v for k, v in state.get("anchors", {}).items()
-        }
-        self._held = {k: v.to(self._held[k]) if k in self._held else v for k, v in state.get("held", {}).items()}
-        self._pending = None
-        pending = state.get("pending")
-        if pending:
-            by_name = {s.name: s for s in self._sites}
-            self._pending = (
-                {k: Subspace.from_state_dict(v) for k, v in pending["spaces"].items()},
-                {k: SecondMoment.from_state_dict(v) for k, v in pending["moments"].items()},
-                [[by_name[n] for n in names if n in by_name] for names in pending["groups"]],
+        """Take over a memory.
+
+        With the state of a task that was under way, call it after :meth:`attach`: the guard is then inside that task,
+        with its anchors. A memory with ``energy="auto"`` still to be chosen needs the model attached as well.
+
+        Raises:
+            GuardError: If the state needs an attached model and there is none.
+        """
+        if (state["anchors"] or state["held"] or "pending" in state) and self._model is None:
+            raise GuardError(
+                "this state was taken inside a task (or before energy='auto' was chosen): attach(model) first"
             )
+        self.tasks, self.energy = list(state["tasks"]), parse_energy(state["energy"])
+        self._memory = FeatureMemory.from_state_dict(state["memory"])
+        self._marks, self._known = {k: float(v) for k, v in state["marks"].items()}, set(state["known"])
+        self._probes.load_state_dict(state["probes"])
+        self._pending = None
+        if "pending" in state:
+            pending = state["pending"]
+            self._pending = (
+                FeatureMemory.from_state_dict(pending["memory"]),
+                Collected.from_state_dict(pending["collected"], self._sites),
+            )
+        if self._model is not None:
+            self.attach(self._model)
+            if state["anchors"] or state["held"]:
+                self._marks = {}  # the task is under way: its tensors have moved, and rightly so
+                self._enter(self._model)
+                self._anchors = {k: v.to(self._anchors[k].device) for k, v in state["anchors"].items()}
+                self._held = {k: v.to(self._held[k].device) for k, v in state["held"].items()}
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -374,12 +378,37 @@ class PEGP(Guard):
         if not self._begun:
             raise GuardError(f"PEGP.{caller} outside a task: call attach(model) and begin_task() first")
 
-    def _space(self, site: Site) -> Subspace | None:
-        return self._spaces.get(self._site_space.get(site.name, ""))
+    def _leave(self) -> None:
+        """No task is under way."""
+        self._begun, self._bank = False, None
+        self._guarded, self._anchors, self._held = [], {}, {}
 
-    def _protects(self, site: Site) -> bool:
-        space = self._space(site)
-        return space is not None and space.rank > 0
+    def _enter(self, model: nn.Module) -> None:
+        """A task is under way: anchor, hold, and stack the bases."""
+        self._check_marks()
+        training = [s for s in self._sites if self._parameters[s.name].requires_grad]
+        self._guarded = [s for s in training if self._memory.protects(s.name)]
+        self._anchors = {s.name: self._copy(s.name) for s in self._guarded}
+        bare = [s.name for s in training if s.name not in self._anchors]
+        loose = [n for n in (*unprotected(model, self._sites), *bare) if n in self._known]
+        self._held = {n: self._copy(n) for n in loose} if self.unprotected == "hold" else {}
+        self._bank = None
+        if self._guarded:
+            spaces = [self._memory.spaces[self._memory.site_space[s.name]] for s in self._guarded]
+            views = [s.view(self._anchors[s.name]) for s in self._guarded]
+            self._bank = SubspaceBank(spaces, [(v.shape[0], v.shape[1]) for v in views], device=views[0].device)
+        self._begun = True
+        self._tell(loose)
+
+    def _take(self, before: FeatureMemory, collected: Collected, energy: Energy) -> None:
+        """Grow the memory of the first task anew, with another energy."""
+        self.energy, self._memory = energy, before.copy()
+        self._memory.grow(collected, energy, 0, self._parameters, {})
+
+    def _exact_sites(self, index: int) -> set[str]:
+        if self.energy == "auto":
+            return set()
+        return {s.name for s in self._sites if energy_for(self.energy, s.kind, index) > EXACT_ABOVE}
 
     def _copy(self, name: str) -> Tensor:
         value = self._parameters[name].detach()
@@ -389,159 +418,54 @@ class PEGP(Guard):
         return float(self._parameters[name].detach().double().norm())
 
     def _check_marks(self) -> None:
-        moved = [
-            n
-            for n, mark in self._marks.items()
-            if n in self._parameters and abs(self._mark(n) - mark) > 1e-4 * max(mark, 1e-6)
-        ]
+        moved = [n for n, mark in self._marks.items() if abs(self._mark(n) - mark) > 1e-4 * max(mark, 1e-6)]
         if moved:
             warnings.warn(
-                f"PEGP: {len(moved)} protected tensors changed between consolidation and this task (the first: {moved[0]}). "
-                "What changed them was not guarded; the guarantee starts anew from here",
-                stacklevel=3,
+                f"PEGP: {len(moved)} protected tensors changed between consolidation and this task (the first: "
+                f"{moved[0]}). What changed them was not guarded; the guarantee starts anew from here",
+                stacklevel=4,
             )
+
+    def _narrow(self) -> list[str]:
+        return [s.name for s in self._guarded if self._parameters[s.name].dtype in _NARROW]
 
     def _tell(self, loose: list[str]) -> None:
         if not self.tasks:
             logger.info("PEGP: first task, nothing is protected yet; %d sites will be", len(self._sites))
             return
-        narrow = [s.name for s in self._guarded if self._parameters[s.name].dtype in (torch.float16, torch.bfloat16)]
-        if narrow:
+        if self._narrow():
             warnings.warn(
-                f"PEGP: {len(narrow)} protected tensors are {self._parameters[narrow[0]].dtype}; rounding them leaks more than "
+                f"PEGP: {len(self._narrow())} protected tensors are in half precision; rounding them leaks more than "
                 "1e-5. Keep trainable tensors in float32 (autocast may still compute in half precision)",
-                stacklevel=3,
+                stacklevel=4,
             )
-        free = sum(self._spaces[self._site_space[s.name]].free for s in self._guarded)
-        if self._guarded and free == 0 and not any(not self._protects(s) for s in self._sites):
-            warnings.warn(
-                "PEGP: no free direction is left at any site; this task cannot change the model", stacklevel=3
-            )
-        logger.info(
-            "PEGP: %d sites protected, %d free directions, %d tensors held", len(self._guarded), free, len(self._held)
-        )
+        if self.exhausted():
+            warnings.warn("PEGP: no free direction is left at any site; this task cannot change them", stacklevel=4)
+        logger.info("PEGP: %d sites guarded, %d tensors held", len(self._guarded), len(self._held))
         if loose:
-            what = (
-                "held at their values"
-                if self.unprotected == "hold"
-                else "free to move, which the guarantee does not cover"
-            )
-            logger.info(
-                "PEGP: %d trainable tensors have no condition and are %s: %s", len(loose), what, ", ".join(loose[:5])
-            )
+            what = "held" if self.unprotected == "hold" else "left free, which the guarantee does not cover"
+            logger.info("PEGP: %d trainable tensors have no condition and are %s", len(loose), what)
 
-    def _notes(self) -> Iterable[str]:
+    def _notes(self) -> list[str]:
+        notes = []
         if self.tasks and self.unprotected == "allow":
             loose = [n for n in unprotected(self._attached(), self._sites) if n in self._known]
             if loose:
-                yield f"{len(loose)} trainable tensors were left free: the guarantee does not cover them"
-        narrow = [s for s in self._guarded if self._parameters[s.name].dtype in (torch.float16, torch.bfloat16)]
-        if narrow:
-            yield f"{len(narrow)} tensors are kept in half precision: their leak is that of rounding"
+                notes.append(f"{len(loose)} trainable tensors were left free: the guarantee does not cover them")
+        if self._narrow():
+            notes.append(f"{len(self._narrow())} tensors are kept in half precision: their leak is that of rounding")
+        fresh = [n for n, p in self._parameters.items() if p.requires_grad and n not in self._known]
+        if self.tasks and fresh:
+            notes.append(
+                f"{len(fresh)} trainable tensors are new in this task: old inputs are covered if they do not use them"
+            )
+        return notes
 
     def _leaks(self) -> dict[str, float]:
         leaks: dict[str, float] = {}
         for site in self._guarded:
+            space = self._memory.space(site.name)
+            assert space is not None
             delta = self._parameters[site.name].detach().double() - self._anchors[site.name].double()
-            leaks[site.name] = self._spaces[self._site_space[site.name]].share(site.view(delta))
+            leaks[site.name] = space.share(site.view(delta))
         return leaks
-
-    def _output_change(self, model: nn.Module) -> float | None:
-        changes = []
-        for batch, old in self._probes:
-            new = output_of(run_model(model, batch))
-            if new is not None:
-                changes.append(relative_change(new, old, mask_for(old, batch)))
-        return max(changes) if changes else None
-
-    def _collect(
-        self, model: nn.Module, batches: Iterable[Any]
-    ) -> tuple[list[tuple[Any, Tensor]], list[list[Site]], dict[str, SecondMoment]]:
-        groups: list[list[Site]] = []
-        moments: dict[str, SecondMoment] = {}
-        kept: list[tuple[Any, Tensor]] = []
-        seen, want = 0, self.probes
-        current: list[Any] = [None]
-        listen: dict[str, list[str]] = {}
-
-        def sink(module: str, features: Tensor) -> None:
-            mask = mask_for(features, current[0])
-            for leader in listen[module]:
-                moments[leader].update(features, mask)
-
-        for batch in batches:
-            if seen == 0:
-                groups = group_by_input(model, self._sites, lambda batch=batch: run_model(model, batch))  # type: ignore[misc]
-                for group in groups:
-                    moments[group[0].name] = self._moment(group)
-                    listen.setdefault(group[0].module, []).append(group[0].name)
-            take = min(size_of(batch), self.samples - seen)
-            part = batch if take == size_of(batch) else head_of(batch, take)
-            current[0] = part
-            with capture(model, set(listen), sink):
-                outputs = output_of(run_model(model, part))
-            if want and outputs is not None:
-                probe = head_of(part, want)
-                answer = output_of(run_model(model, probe))
-                if answer is not None:
-                    kept.append((probe, answer.detach().cpu().clone()))
-                want -= size_of(probe)
-            seen += take
-            if seen >= self.samples:
-                break
-        if seen == 0:
-            raise GuardError("PEGP: end_task got no batch; pass the task's training inputs, as the model takes them")
-        return kept, groups, moments
-
-    def _moment(self, group: list[Site]) -> SecondMoment:
-        """The cheapest form that can resolve what the energy asks for."""
-        dim = group[0].dim
-        exact = self.energy != "auto" and any(energy_for(self.energy, s.kind, len(self.tasks)) > 0.999 for s in group)
-        if dim > 4096:
-            return SecondMoment(dim, form="sketch")
-        return SecondMoment(dim, form="root") if exact else SecondMoment(dim, products=torch.float32)
-
-    def _grow(
-        self,
-        groups: list[list[Site]],
-        moments: Mapping[str, SecondMoment],
-        energy: Energy,
-        index: int,
-        leaks: Mapping[str, float],
-    ) -> list[SiteCertificate]:
-        sites = []
-        for group in groups:
-            moment = moments[group[0].name]
-            held = next((self._site_space[s.name] for s in group if s.name in self._site_space), group[0].name)
-            target = max(energy_for(energy, s.kind, index) for s in group)
-            if moment.count == 0 or moment.trace == 0.0:
-                known = self._spaces.get(held)
-                logger.info("PEGP: %s saw no features in this task", group[0].name)
-                if known is None:
-                    continue
-                captured = 1.0
-            else:
-                first = self._parameters[group[0].name]
-                dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-                space = self._spaces.setdefault(held, Subspace(moment.dim, dtype=dtype, device=first.device))
-                captured = space.grow(moment, energy=target).energy
-            for site in group:
-                self._site_space[site.name] = held
-                space = self._spaces[held]
-                leak = leaks.get(site.name)
-                sites.append(
-                    SiteCertificate(site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak)
-                )
-        if not sites:
-            raise GuardError("PEGP: no protected module was called while the model ran; check what the batches feed")
-        return sites
-
-    def _regrow(
-        self,
-        before: Mapping[str, Subspace],
-        moments: Mapping[str, SecondMoment],
-        groups: list[list[Site]],
-        energy: Energy,
-    ) -> None:
-        self._spaces = {name: space.clone() for name, space in before.items()}
-        self._grow(groups, moments, energy, 0, {})

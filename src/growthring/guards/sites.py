@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from growthring.errors import GuardError
 
+from .batches import run_model
+
 __all__ = ["Site", "capture", "find_sites", "group_by_input", "original_name", "unprotected"]
 
 
@@ -82,8 +84,8 @@ def find_sites(model: nn.Module, known: Mapping[str, str] | None = None) -> list
                     if adapter in getattr(module, "lora_variant", {}):
                         variant = type(module.lora_variant[adapter]).__name__
                         raise GuardError(
-                            f"{name} uses the LoRA variant {variant}; its output is not linear in A and B alone, so no "
-                            "condition on them protects it. Use plain LoRA (for DoRA: use_dora=False)"
+                            f"{name} uses the LoRA variant {variant}; its output is not linear in A and B alone, so "
+                            "no condition on them protects it. Use plain LoRA (for DoRA: use_dora=False)"
                         )
                     sites.append(
                         Site(f"{part}.weight", factor, name if factor == "lora_A" else part, linear.in_features)
@@ -137,7 +139,7 @@ class capture:
         self._handles.clear()
 
 
-def group_by_input(model: nn.Module, sites: list[Site], forward: Callable[[], object]) -> list[list[Site]]:
+def group_by_input(model: nn.Module, sites: list[Site], batch: Any) -> list[list[Site]]:
     """Group sites that always see the very same input, so that they share one basis.
 
     One forward pass is watched; sites belong together when every call gave their modules the same memory. Query, key
@@ -146,14 +148,14 @@ def group_by_input(model: nn.Module, sites: list[Site], forward: Callable[[], ob
     Args:
         model: The model.
         sites: Sites to group.
-        forward: Runs the model once.
+        batch: What the model is run on, once.
 
     Returns:
         Groups in order of first appearance. A module that was never called forms a group of its own.
     """
     seen: dict[str, list[Tensor]] = defaultdict(list)  # holding the tensors keeps their addresses from being reused
     with torch.no_grad(), capture(model, {s.module for s in sites}, lambda name, x: seen[name].append(x)):
-        forward()
+        run_model(model, batch)
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         calls = seen.get(site.module, [])

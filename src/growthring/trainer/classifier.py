@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growthring._io import write_json, write_with
-from growthring.errors import ConfigError
 
-__all__ = ["HEADS", "POOLINGS", "Head", "LabelTextHead", "LinearHead", "Pooling", "TextClassifier", "find_pooling", "pool"]
+__all__ = [
+    "HEADS",
+    "POOLINGS",
+    "Head",
+    "LabelTextHead",
+    "LinearHead",
+    "Pooling",
+    "TextClassifier",
+    "find_pooling",
+    "pool",
+]
 
 Head = Literal["label-text", "linear"]
 Pooling = Literal["mean", "cls", "last"]
@@ -111,8 +120,8 @@ class LinearHead(nn.Module):
                 block.weight.copy_(self.initial[new])
             self.blocks.append(block)
             self.members.append(new)
-        for block, members in zip(self.blocks, self.members, strict=True):
-            block.requires_grad_(any(c in members for c in classes))
+        for part, members in zip(self.blocks, self.members, strict=True):
+            part.requires_grad_(any(c in members for c in classes))
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, d)`` features to ``(batch, classes)`` logits."""
@@ -135,7 +144,12 @@ class TextClassifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, head: LabelTextHead | LinearHead, pooling: Pooling, task_classes: Sequence[Sequence[int]], classes: int
+        self,
+        encoder: nn.Module,
+        head: LabelTextHead | LinearHead,
+        pooling: Pooling,
+        task_classes: Sequence[Sequence[int]],
+        classes: int,
     ) -> None:
         super().__init__()
         self.encoder, self.head, self.pooling = encoder, head, pooling
@@ -180,11 +194,3 @@ class TextClassifier(nn.Module):
             folder / "head.json",
             {"head": kind, "pooling": self.pooling, "scale": scale, "blocks": members, "classes": list(classes)},
         )
-
-
-def check_choice(value: str, allowed: Sequence[str], what: str) -> None:
-    """Raise a :class:`ConfigError` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        from growthring.errors import nearest
-
-        raise ConfigError(f"{what}={value!r}: {nearest(str(value), allowed)}")

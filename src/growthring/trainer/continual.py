@@ -7,19 +7,19 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from growthring.errors import ConfigError, GuardError
+from growthring.errors import ConfigError, GuardError, nearest
 from growthring.evaluation import BASE_ROW, AccuracyMatrix, accuracy, confusion, macro_f1
 from growthring.guards import PEGP, Certificate, Guard
 from growthring.streams import TaskStream
 
-from .classifier import HEADS, POOLINGS, LabelTextHead, LinearHead, TextClassifier, check_choice, find_pooling, pool
+from .classifier import HEADS, POOLINGS, LabelTextHead, LinearHead, Pooling, TextClassifier, find_pooling, pool
 from .data import Collator, EncodedSplit, balanced_batches, encode_stream, evaluation_batches
 from .logs import Bars, RunLog, StepCallback
 from .models import freeze_all_but, load_encoder
@@ -52,7 +52,7 @@ class ContinualTrainer:
         max_length: Tokens kept of a text; default 128.
         steps: Optimizer steps of each task, by name; overrides ``args`` for those tasks.
         total_steps: Optimizer steps of the whole stream, shared equally over its tasks; overrides ``args``.
-        joint: Train on all tasks at once instead, for ``joint_epochs_scale`` budgets in one run: the upper bound.
+        joint: Train on all tasks at once instead, with the sum of their budgets: the upper bound.
         seed: Seed of data order, adapter initialisation and dropout; default ``args.seed``.
         output_dir: Run folder; ``None`` writes nothing.
         method: Name of the method, for the results.
@@ -98,10 +98,13 @@ class ContinualTrainer:
         callbacks: Sequence[TrainerCallback] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        check_choice(head, HEADS, "head")
-        check_choice(pooling, ("auto", *POOLINGS), "pooling")
+        for what, value, allowed in (("head", head, HEADS), ("pooling", pooling, ("auto", *POOLINGS))):
+            if value not in allowed:
+                raise ConfigError(f"{what}={value!r}: {nearest(str(value), allowed)}")
         if joint and guards:
-            raise ConfigError("joint=True trains on all tasks at once: there is no earlier task to guard; drop the guards")
+            raise ConfigError(
+                "joint=True trains on all tasks at once: there is no earlier task to guard; drop the guards"
+            )
         if total_steps is not None and total_steps < len(stream):
             raise ConfigError(f"total_steps={total_steps} leaves less than one step for each of {len(stream)} tasks")
         for name in steps or {}:
@@ -119,12 +122,14 @@ class ContinualTrainer:
         encoder, self.tokenizer, source = load_encoder(model, tokenizer)
         self._collate = Collator(self._pad_id())
         self._data = encode_stream(stream, self.tokenizer, max_length)
-        how = find_pooling(source) if pooling == "auto" else pooling
+        how = find_pooling(source) if pooling == "auto" else cast(Pooling, pooling)
         self.device = self.args.device
         encoder = encoder.to(self.device)
         built = self._head(head, encoder, how, max_length)
         encoder = self._adapt(encoder, adapter)
-        self.model = TextClassifier(encoder, built, how, [stream.class_ids(i) for i in range(len(stream))], len(stream.classes))  # type: ignore[arg-type]
+        self.model = TextClassifier(
+            encoder, built, how, [stream.class_ids(i) for i in range(len(stream))], len(stream.classes)
+        )
         self.model.to(self.device)
         self._check_trainable(head)
 
@@ -170,17 +175,28 @@ class ContinualTrainer:
             log.close()
         test = tables.get("test") or (AccuracyMatrix(names), AccuracyMatrix(names))
         result = RunResult(
-            name=self.folder.name if self.folder else self.method, method=self.method, title=self.title,
-            scenario=self.stream.scenario, seed=self.seed, tasks=self._describe_tasks(), matrix=test[0], macro_f1=test[1],
-            validation=tables["validation"][0] if "validation" in tables else None, certificates=certificates,
-            timings={"total_seconds": time.perf_counter() - start, "tasks": rows}, config=self._resolved(),
-            seeds={"everything": self.seed, "stream": self.stream.seed}, folder=self.folder,
-        )  # fmt: skip
+            name=self.folder.name if self.folder else self.method,
+            method=self.method,
+            title=self.title,
+            scenario=self.stream.scenario,
+            seed=self.seed,
+            tasks=self._describe_tasks(),
+            matrix=test[0],
+            macro_f1=test[1],
+            validation=tables["validation"][0] if "validation" in tables else None,
+            certificates=certificates,
+            timings={"total_seconds": time.perf_counter() - start, "tasks": rows},
+            config=self._resolved(),
+            seeds={"everything": self.seed, "stream": self.stream.seed},
+            folder=self.folder,
+        )
         if self.folder is not None:
             self._save(result)
         return result
 
-    def predict(self, task_index: int, split: str = "test", *, seen: int | None = None, batch_size: int | None = None) -> list[int]:
+    def predict(
+        self, task_index: int, split: str = "test", *, seen: int | None = None, batch_size: int | None = None
+    ) -> list[int]:
         """Predicted class ids of one split, in the order of its examples.
 
         Args:
@@ -190,13 +206,17 @@ class ContinualTrainer:
             batch_size: Examples at once; it does not change the answer.
         """
         data = self._data[task_index][split]
-        candidates = torch.tensor(self.stream.candidates(task_index, len(self.stream) if seen is None else seen), device=self.device)
+        candidates = torch.tensor(
+            self.stream.candidates(task_index, len(self.stream) if seen is None else seen), device=self.device
+        )
         predicted = [0] * len(data)
         was = self.model.training
         self.model.eval()
         with torch.no_grad():
             for rows, batch in evaluation_batches(data, batch_size or self.eval_batch_size, self._collate):
-                logits = self.model(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))["logits"]
+                logits = self.model(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))[
+                    "logits"
+                ]
                 best = candidates[logits[:, candidates].argmax(-1)]
                 for row, label in zip(rows, best.tolist(), strict=True):
                     predicted[row] = label
@@ -212,7 +232,7 @@ class ContinualTrainer:
                 return int(value)
         raise ConfigError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
 
-    def _head(self, head: str, encoder: nn.Module, pooling: str, max_length: int) -> LabelTextHead | LinearHead:
+    def _head(self, head: str, encoder: nn.Module, pooling: Pooling, max_length: int) -> LabelTextHead | LinearHead:
         if head == "linear":
             return LinearHead(int(encoder.config.hidden_size), len(self.stream.classes))  # type: ignore[union-attr,arg-type]
         texts = [entry.text for entry in self.stream.classes]
@@ -224,7 +244,7 @@ class ContinualTrainer:
             for rows, batch in evaluation_batches(split, self.eval_batch_size, self._collate):
                 mask = batch["attention_mask"].to(self.device)
                 hidden = encoder(input_ids=batch["input_ids"].to(self.device), attention_mask=mask).last_hidden_state
-                unit = nn.functional.normalize(pool(hidden, mask, pooling).float(), dim=-1)  # type: ignore[arg-type]
+                unit = nn.functional.normalize(pool(hidden, mask, pooling).float(), dim=-1)
                 for row, vector in zip(rows, unit, strict=True):
                     vectors[row] = vector
         return LabelTextHead(torch.stack(vectors))
@@ -260,6 +280,7 @@ class ContinualTrainer:
         args.seed, args.data_seed = seed, seed
         args.save_strategy, args.eval_strategy, args.report_to = "no", "no", []
         args.disable_tqdm, args.remove_unused_columns, args.label_names = True, False, ["labels"]
+        args.dataloader_pin_memory = args.dataloader_pin_memory and self.device.type == "cuda"
         if self.folder is not None:
             args.output_dir = str(self.folder)
         budgets = [self._budget(i) for i in members]
@@ -288,10 +309,19 @@ class ContinualTrainer:
             raise GuardError(f"task {name!r}: no parameter is trainable")
         data = EncodedSplit.join([self._data[i]["train"] for i in members])
         trainer = _StreamTrainer(
-            guards=self.guards, model=self.model, args=self._arguments(members, seed), train_dataset=data,
-            data_collator=self._collate, optimizer_cls_and_kwargs=self.optimizer,
-            callbacks=[*(g.callback() for g in self.guards), StepCallback(log, bars, name, index, done), *self.callbacks],
-        )  # fmt: skip
+            guards=self.guards,
+            model=self.model,
+            args=self._arguments(members, seed),
+            train_dataset=data,
+            data_collator=self._collate,
+            optimizer_cls_and_kwargs=self.optimizer,
+            callbacks=[
+                *(g.callback() for g in self.guards),
+                StepCallback(log, bars, name, index, done),
+                *self.callbacks,
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)  # the run's own log keeps these lines
         bars.task(name, trainer.planned_steps(data))
         trainer.train()
         taken = int(trainer.state.global_step)
@@ -313,7 +343,9 @@ class ContinualTrainer:
         for guard in self.guards:
             bars.task(f"{name}: consolidating", None)
             samples = getattr(guard, "samples", 512)
-            batches = balanced_batches(self._data[number]["train"], samples, 32, self._collate, self.seed * 1000 + number)
+            batches = balanced_batches(
+                self._data[number]["train"], samples, 32, self._collate, self.seed * 1000 + number
+            )
             certificate = guard.end_task(name, batches)
             log.write("certificate", **{k: v for k, v in certificate.to_dict().items() if k != "sites"})
             certificates.append(certificate)
@@ -345,11 +377,19 @@ class ContinualTrainer:
         return ["test"] * self.evaluate_test + ["validation"] * self.evaluate_validation
 
     def _score(self, task_index: int, split: str, seen: int) -> tuple[float, float]:
-        counts = confusion(self._data[task_index][split].labels, self.predict(task_index, split, seen=seen), len(self.stream.classes))
+        counts = confusion(
+            self._data[task_index][split].labels, self.predict(task_index, split, seen=seen), len(self.stream.classes)
+        )
         return accuracy(counts), macro_f1(counts)
 
     def _fill_row(
-        self, tables: Mapping[str, tuple[AccuracyMatrix, AccuracyMatrix]], name: str, seen: int, log: RunLog, bars: Bars, step: int
+        self,
+        tables: Mapping[str, tuple[AccuracyMatrix, AccuracyMatrix]],
+        name: str,
+        seen: int,
+        log: RunLog,
+        bars: Bars,
+        step: int,
     ) -> None:
         for split, (accuracies, f1s) in tables.items():
             bars.task(f"{name}: scoring", len(self.stream))
@@ -366,15 +406,30 @@ class ContinualTrainer:
 
     def _describe_tasks(self) -> list[dict[str, Any]]:
         return [
-            {"name": t.name, "labels": list(t.labels), **{split: len(rows) for split, rows in t.splits().items()}} for t in self.stream
+            {"name": t.name, "labels": list(t.labels), **{split: len(rows) for split, rows in t.splits().items()}}
+            for t in self.stream
         ]
 
     def _resolved(self) -> dict[str, Any]:
         if self.config:
             return self.config
-        kept = ("learning_rate", "weight_decay", "max_steps", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps", "optim")
+        kept = (
+            "learning_rate",
+            "weight_decay",
+            "max_steps",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "lr_scheduler_type",
+            "warmup_steps",
+            "optim",
+        )
         values = {k: getattr(self.args, k) for k in kept}
-        return {"method": self.method, "train": {k: str(getattr(v, "value", v)) if not isinstance(v, int | float) else v for k, v in values.items()}}
+        return {
+            "method": self.method,
+            "train": {
+                k: str(getattr(v, "value", v)) if not isinstance(v, int | float) else v for k, v in values.items()
+            },
+        }
 
     def _save(self, result: RunResult) -> None:
         assert self.folder is not None

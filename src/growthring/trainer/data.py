@@ -40,7 +40,9 @@ class EncodedSplit(Dataset[Row]):
     def join(parts: Sequence[EncodedSplit]) -> EncodedSplit:
         """All examples of several splits, in order."""
         return EncodedSplit(
-            [t for p in parts for t in p.tokens], [y for p in parts for y in p.labels], [i for p in parts for i in p.task_ids]
+            [t for p in parts for t in p.tokens],
+            [y for p in parts for y in p.labels],
+            [i for p in parts for i in p.task_ids],
         )
 
 
@@ -95,7 +97,9 @@ def encode_stream(stream: TaskStream, tokenizer: Any, max_length: int) -> list[d
     return encoded
 
 
-def evaluation_batches(split: EncodedSplit, batch_size: int, collate: Collator) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+def evaluation_batches(
+    split: EncodedSplit, batch_size: int, collate: Collator
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of similar length, with the positions of their examples; every example exactly once."""
     order = sorted(range(len(split)), key=lambda i: len(split.tokens[i]))
     for start in range(0, len(order), batch_size):
@@ -103,7 +107,9 @@ def evaluation_batches(split: EncodedSplit, batch_size: int, collate: Collator) 
         yield rows, collate([split[i] for i in rows])
 
 
-def balanced_batches(split: EncodedSplit, count: int, batch_size: int, collate: Collator, seed: int) -> list[dict[str, Tensor]]:
+def balanced_batches(
+    split: EncodedSplit, count: int, batch_size: int, collate: Collator, seed: int
+) -> list[dict[str, Tensor]]:
     """Up to ``count`` examples, drawn evenly over the classes, in batches of similar length."""
     generator = random.Random(seed)
     by_class: dict[int, list[int]] = {}

@@ -33,7 +33,9 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError("TensorBoard logs need the package tensorboard: pip install 'growthring[tracking]'") from error
+                raise ConfigError(
+                    "TensorBoard logs need the package tensorboard: pip install 'growthring[tracking]'"
+                ) from error
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, event: str, **values: Any) -> None:
@@ -67,9 +69,14 @@ class Bars:
 
     def __init__(self, tasks: int, title: str, show: bool) -> None:
         self._progress = Progress(
-            TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), disable=not show, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description:<34}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not show,
+            transient=True,
+        )
         self._tasks = self._progress.add_task(title, total=tasks)
         self._steps = self._progress.add_task("", total=None)
 
@@ -117,5 +124,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         if "loss" not in kept:
             return
         step = self._offset + state.global_step
-        self._log.write("log", task=self._task, task_index=self._index, step=state.global_step, global_step=step, **kept)
+        self._log.write(
+            "log", task=self._task, task_index=self._index, step=state.global_step, global_step=step, **kept
+        )
         self._log.scalars({f"train/{k}": v for k, v in kept.items() if k != "epoch"}, step)

@@ -44,12 +44,12 @@ def load_encoder(model: nn.Module | str | Path, tokenizer: Any = None) -> tuple[
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {str(model)!r} could not be loaded: it is no folder with a config.json, and the hub gave "
-                f"{type(error).__name__}. Give a local folder, a hub name, or demo:minilm. ({str(error).splitlines()[0]})"
+                f"{type(error).__name__} ({str(error).splitlines()[0]}). Give a local folder or a hub name"
             ) from error
     if not isinstance(encoder, PeftModel):
         encoder = getattr(encoder, "base_model", encoder)
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
-            encoder.pooler = None  # type: ignore[assignment]
+            encoder.pooler = None
     if tokenizer is None:
         if not source:
             raise ConfigError("give tokenizer=: the model does not say where it was loaded from")

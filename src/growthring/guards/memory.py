@@ -1,0 +1,245 @@
+"""What PEGP remembers: one basis for every group of sites that sees the same features, and a few probes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growthring.errors import GuardError
+from growthring.subspace import SecondMoment, Subspace
+
+from .base import SiteCertificate
+from .batches import head_of, mask_for, output_of, relative_change, run_model, size_of
+from .energy import Energy, energy_for
+from .sites import Site, capture, group_by_input
+
+__all__ = ["Collected", "FeatureMemory", "Probes"]
+
+logger = logging.getLogger(__name__)
+
+EXACT_ABOVE = 0.999
+"""Energies above this are collected by QR; Gram matrices of float32 products stop at 1e-7 of the top energy."""
+SKETCH_ABOVE = 4096
+"""Features wider than this are sketched: a full moment would take more than 134 MB."""
+ROWS_PER_DIM = 4
+"""Feature rows kept for one dimension, where rounding noise is not asked for; more change a moment little and cost."""
+
+
+@dataclass
+class Collected:
+    """Features of one task: sites grouped by their input, one moment for each group (under its first site's name)."""
+
+    groups: list[list[Site]] = field(default_factory=list)
+    moments: dict[str, SecondMoment] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and strings only."""
+        return {
+            "moments": {name: moment.state_dict() for name, moment in self.moments.items()},
+            "groups": [[site.name for site in group] for group in self.groups],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], sites: Iterable[Site]) -> Collected:
+        """Rebuild from :meth:`state_dict`, with the sites of the attached model."""
+        by_name = {site.name: site for site in sites}
+        return cls(
+            [[by_name[name] for name in names] for names in state["groups"]],
+            {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()},
+        )
+
+
+class FeatureMemory:
+    """Bases of protected features, shared by sites that see the same input.
+
+    Per group at most ``d * d / 2`` numbers are kept, however many tasks have been learned.
+    """
+
+    def __init__(self) -> None:
+        self.spaces: dict[str, Subspace] = {}
+        self.site_space: dict[str, str] = {}
+
+    def space(self, site: str) -> Subspace | None:
+        """The protected space of a site, or ``None`` while it has none."""
+        return self.spaces.get(self.site_space.get(site, ""))
+
+    def protects(self, site: str) -> bool:
+        """True when at least one direction of the site's features is protected."""
+        space = self.space(site)
+        return space is not None and space.rank > 0
+
+    def copy(self) -> FeatureMemory:
+        """An independent copy."""
+        twin = FeatureMemory()
+        twin.spaces = {name: space.clone() for name, space in self.spaces.items()}
+        twin.site_space = dict(self.site_space)
+        return twin
+
+    def grow(
+        self, collected: Collected, energy: Energy, index: int, like: Mapping[str, Tensor], leaks: Mapping[str, float]
+    ) -> list[SiteCertificate]:
+        """Protect what the collected features need; a group takes the highest threshold among its sites.
+
+        Args:
+            collected: Features of the task.
+            energy: Thresholds.
+            index: Index of the task, for schedules.
+            like: The model's parameters by name: a basis lives on its parameter's device, in float64 where that is.
+            leaks: Measured leak by site, for the certificates.
+
+        Raises:
+            GuardError: If no site saw any feature.
+        """
+        certificates = []
+        for group in collected.groups:
+            lead, moment = group[0].name, collected.moments[group[0].name]
+            name = next((self.site_space[s.name] for s in group if s.name in self.site_space), lead)
+            target = max(energy_for(energy, s.kind, index) for s in group)
+            captured = 1.0
+            if moment.trace > 0.0:
+                parameter = like[lead]
+                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+                space = self.spaces.setdefault(name, Subspace(moment.dim, dtype=dtype, device=parameter.device))
+                captured = space.grow(moment, energy=target).energy
+            elif name not in self.spaces:
+                logger.info("PEGP: %s saw no features, so it is not protected yet", lead)
+                continue
+            space = self.spaces[name]
+            for site in group:
+                self.site_space[site.name] = name
+                leak = leaks.get(site.name)
+                certificates.append(
+                    SiteCertificate(site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak)
+                )
+        if not certificates:
+            raise GuardError(
+                "PEGP: no protected module saw any feature while the model ran; check what the batches feed"
+            )
+        return certificates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and strings only."""
+        return {
+            "spaces": {name: space.state_dict() for name, space in self.spaces.items()},
+            "site_space": dict(self.site_space),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> FeatureMemory:
+        """Rebuild from :meth:`state_dict`."""
+        memory = cls()
+        memory.spaces = {name: Subspace.from_state_dict(space) for name, space in state["spaces"].items()}
+        memory.site_space = dict(state["site_space"])
+        return memory
+
+
+class Probes:
+    """A few inputs of every task with what the model answered when the task ended: they measure drift, nothing else.
+
+    Args:
+        each: Inputs kept of each task.
+        tasks: Tasks whose inputs are kept; the first ones stay.
+    """
+
+    def __init__(self, each: int, tasks: int) -> None:
+        self.each, self.tasks = each, tasks
+        self.kept: list[tuple[Any, Tensor]] = []
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs kept."""
+        return sum(size_of(batch) for batch, _ in self.kept)
+
+    def take(self, model: nn.Module, batch: Any) -> None:
+        """Keep the first inputs of ``batch`` with the model's answers, unless there are enough."""
+        if self.each == 0 or len(self.kept) >= self.tasks:
+            return
+        probe = head_of(batch, self.each)
+        answer = output_of(run_model(model, probe))
+        if answer is not None:
+            self.kept.append((probe, answer.detach().cpu().clone()))
+
+    def change(self, model: nn.Module) -> float | None:
+        """Worst ``max |new - old| / max |old|`` over the tasks; ``None`` without probes."""
+        changes = []
+        for batch, old in self.kept:
+            new = output_of(run_model(model, batch))
+            if new is not None:
+                changes.append(relative_change(new, old, mask_for(old, batch)))
+        return max(changes, default=None)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Tensors only."""
+        return [{"inputs": b if isinstance(b, Mapping) else {"": b}, "outputs": o} for b, o in self.kept]
+
+    def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.kept = [(p["inputs"][""] if set(p["inputs"]) == {""} else dict(p["inputs"]), p["outputs"]) for p in state]
+
+
+def collect(
+    model: nn.Module, sites: list[Site], batches: Iterable[Any], samples: int, exact: set[str], probes: Probes
+) -> Collected:
+    """Run batches through the model and gather the second moment of every group's features.
+
+    Args:
+        model: In evaluation mode, without gradients.
+        sites: Sites to listen to.
+        batches: Batches as the model takes them.
+        samples: Examples read at most. Of their feature rows a seeded random part is used where there are many.
+        exact: Names of sites whose features are needed down to rounding noise.
+        probes: Takes its inputs from the first batch.
+
+    Raises:
+        GuardError: If there is no batch.
+    """
+    collected = Collected()
+    listen: dict[str, list[str]] = {}
+    generator = torch.Generator().manual_seed(0)
+    current: Any = None
+    seen, expected = 0, samples
+
+    def sink(module: str, features: Tensor) -> None:
+        mask = mask_for(features, current)
+        rows = features.reshape(-1, features.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(rows.device).bool()]
+        for lead in listen[module]:
+            moment = collected.moments[lead]
+            keep = math.ceil(ROWS_PER_DIM * moment.dim * size_of(current) / expected)
+            if moment.form != "root" and keep < rows.shape[0]:
+                rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
+            moment.update(rows)
+
+    for batch in batches:
+        take = min(size_of(batch), samples - seen)
+        current = batch if take == size_of(batch) else head_of(batch, take)
+        if seen == 0:
+            expected = min(samples, max(1, operator.length_hint(batches)) * take) if take < samples else take
+            collected.groups = group_by_input(model, sites, current)
+            for group in collected.groups:
+                collected.moments[group[0].name] = _moment(group[0].dim, any(s.name in exact for s in group))
+                listen.setdefault(group[0].module, []).append(group[0].name)
+            probes.take(model, current)
+        with capture(model, set(listen), sink):
+            run_model(model, current)
+        seen += take
+        if seen >= samples:
+            break
+    if seen == 0:
+        raise GuardError("PEGP: end_task got no batch; pass the task's training inputs, as the model takes them")
+    return collected
+
+
+def _moment(dim: int, exact: bool) -> SecondMoment:
+    """The cheapest form that resolves what is asked for."""
+    if dim > SKETCH_ABOVE:
+        return SecondMoment(dim, form="sketch")
+    return SecondMoment(dim, form="root") if exact else SecondMoment(dim, products=torch.float32)
