@@ -1,0 +1,60 @@
+# Every target does its own set-up: Python 3.10 or newer, make and a package index are all that is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint format docs bench bench-quality clean
+
+demo: $(VENV)/.base
+	$(BIN)/growthring demo --out runs/demo --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.base
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/step_overhead.py
+
+bench-quality: $(VENV)/.base
+	$(BIN)/python benchmarks/demo_sweep.py
+	$(BIN)/python benchmarks/demo_sweep.py --choose
+	$(BIN)/python benchmarks/demo_seeds.py
+
+$(VENV)/.python:
+	$(PYTHON) -c "import sys; sys.exit('growthring needs Python 3.10 or newer; try make PYTHON=python3.11' if sys.version_info < (3, 10) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.base: $(VENV)/.python pyproject.toml constraints/cpu.txt
+	$(PIP) install -q -c constraints/cpu.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints/cpu.txt
+	$(PIP) install -q -c constraints/cpu.txt -e ".[dev]"
+	touch $@ $(VENV)/.base
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints/cpu.txt
+	$(PIP) install -q -c constraints/cpu.txt -e ".[docs]"
+	touch $@ $(VENV)/.base
+
+clean:
+	rm -rf $(VENV) build dist site runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

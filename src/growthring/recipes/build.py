@@ -1,0 +1,284 @@
+"""From a configuration to a trainer, and to a run folder that says how it was made."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from growthring._io import write_text
+from growthring.errors import ConfigError, nearest
+
+from . import _yaml
+from .config import RunConfig
+from .methods import get_method
+from .settings import DemoStreamConfig, LoraSettings, TaskConfig, TrainSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import TrainingArguments
+
+    from growthring.streams import Task, TaskStream
+    from growthring.trainer import ContinualTrainer, RunResult
+
+__all__ = ["PRODUCTS", "build", "build_stream", "check_folder", "run"]
+
+PRODUCTS = ("results.json", "adapter", "model", "memory")
+"""What a finished run leaves behind, and what no other run may land on by accident."""
+
+_TRACES = ("config.yaml", "log.jsonl", "report.html", "tensorboard", "head.json", "head.safetensors")
+_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
+
+
+def build_stream(config: RunConfig) -> TaskStream:
+    """Read the tasks of a configuration.
+
+    Raises:
+        DataError: A file or a row is wrong; the message names task, split and row.
+        GrowthringError: The demo's data cannot be had.
+    """
+    from growthring.streams import TaskStream, demo_stream
+
+    stream = config.stream
+    if isinstance(stream, DemoStreamConfig):
+        return demo_stream(stream.seed or 0, stream.train, stream.validation, stream.test)
+    assert not isinstance(stream, str)  # RunConfig has replaced the name by what it stands for
+    return TaskStream(
+        [_task(task, stream.seed or 0) for task in stream.tasks],
+        scenario=stream.scenario,
+        validation_fraction=stream.validation_fraction,
+        seed=stream.seed or 0,
+        name=stream.name,
+    )
+
+
+def build(
+    config: RunConfig,
+    *,
+    progress: bool = False,
+    output_dir: str | Path | None = None,
+    stream: TaskStream | None = None,
+    evaluate_validation: bool = False,
+    evaluate_test: bool = True,
+) -> ContinualTrainer:
+    """Make the trainer that a configuration describes.
+
+    Args:
+        config: The configuration. Its ``threads`` are set for the whole process.
+        progress: Draw progress bars on standard error.
+        output_dir: Run folder; ``None`` writes nothing.
+        stream: The stream of ``config``, if it was read already; several runs may share it.
+        evaluate_validation: Also score the validation splits, to choose settings.
+        evaluate_test: Score the test splits; searches for settings turn it off.
+
+    Raises:
+        GrowthringError: Data, model or settings cannot work; the message says what to change.
+    """
+    import torch
+
+    from growthring.guards import PEGP
+    from growthring.streams import demo_encoder_path
+    from growthring.trainer import ContinualTrainer
+
+    method = get_method(config.method)
+    stream = build_stream(config) if stream is None else stream
+    for name in config.train.steps or {}:
+        stream.index(name)
+    if method.joint and config.train.steps and set(config.train.steps) != {task.name for task in stream}:
+        raise ConfigError("train.steps: the method 'joint' trains all tasks in one go; name every task, or use max_steps")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    guards = []
+    if config.guard is not None:
+        guard = config.guard
+        guards = [PEGP(guard.energy, samples=guard.samples, probes=guard.probes, unprotected=guard.unprotected)]
+    args = _arguments(config.train, config.seed, Path(output_dir) if output_dir is not None else None)
+    model = str(demo_encoder_path()) if config.model == "demo:minilm" else config.model
+    with _named_modules(config.adapter, model):
+        return ContinualTrainer(
+            model,
+            stream,
+            adapter=_lora(config.adapter) if config.adapter is not None else method.adapter,
+            guards=guards,
+            args=args,
+            head=config.head,
+            pooling=config.pooling,
+            max_length=config.max_length,
+            steps=config.train.steps,
+            total_steps=config.train.total_steps,
+            joint=method.joint,
+            seed=config.seed,
+            output_dir=output_dir,
+            method=method.name,
+            title=config.title,
+            evaluate_validation=evaluate_validation,
+            evaluate_test=evaluate_test,
+            tensorboard=config.tensorboard,
+            progress=progress,
+            config=config.resolved(),
+        )
+
+
+def run(
+    config: RunConfig,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+    stream: TaskStream | None = None,
+) -> RunResult:
+    """Learn the stream of a configuration and write a run folder.
+
+    The folder gets ``config.yaml`` (every setting), ``results.json``, ``log.jsonl``, ``adapter/`` (stock PEFT) or
+    ``model/``, ``head.*``, ``memory/`` of a guard, and ``report.html``.
+
+    Args:
+        config: The configuration.
+        output: Run folder; default ``config.output``, else ``runs/<method>``.
+        overwrite: Replace what an earlier run left in the folder. Other files in it are never touched.
+        progress: Draw progress bars on standard error.
+        stream: The stream of ``config``, if it was read already.
+
+    Returns:
+        The result; its ``folder`` is the run folder.
+
+    Raises:
+        ConfigError: The folder holds a run and ``overwrite`` is off, or it cannot be written.
+        GrowthringError: Data, model or settings cannot work.
+    """
+    folder = Path(output or config.output or Path("runs") / config.method)
+    check_folder(folder, overwrite=overwrite)
+    config = RunConfig.model_validate({**config.resolved(), "output": str(folder)})
+    trainer = build(config, progress=progress, output_dir=folder, stream=stream)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*PRODUCTS, *_TRACES):
+            _remove(folder / name)
+        write_text(folder / "config.yaml", _yaml.dump(config.resolved()))
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another") from error
+    result = trainer.fit()
+    result.report(folder / "report.html")
+    return result
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run already.
+
+    Raises:
+        ConfigError: It does, and ``overwrite`` is off; or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; the run needs a folder")
+    held = [name for name in PRODUCTS if (folder / name).exists()]
+    if held and not overwrite:
+        raise ConfigError(f"{folder} already holds {', '.join(held)}; choose another folder, or overwrite it (--overwrite)")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _task(task: TaskConfig, seed: int) -> Task:
+    from growthring.streams import Task
+
+    if task.hub is not None:
+        made = Task.from_hub(
+            task.name,
+            task.hub.path,
+            config=task.hub.config,
+            splits=task.hub.splits,
+            text=task.text,
+            label=task.label,
+            labels=task.labels,
+            label_texts=task.label_texts,
+        )
+    else:
+        made = Task(
+            task.name,
+            task.train,
+            task.test,
+            task.validation,
+            text=task.text,
+            label=task.label,
+            labels=task.labels,
+            label_texts=task.label_texts,
+        )
+    if task.limit is None:
+        return made
+    return made.limit(train=task.limit.train, validation=task.limit.validation, test=task.limit.test, seed=seed)
+
+
+def _lora(settings: LoraSettings) -> PeftConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )
+
+
+def _arguments(train: TrainSettings, seed: int, folder: Path | None) -> TrainingArguments:
+    import torch
+    from transformers import TrainingArguments
+
+    accelerator = torch.accelerator.is_available()
+    if train.precision == "fp16" and not accelerator:
+        raise ConfigError("train.precision: 'fp16' needs a GPU and there is none here; use bf16 or fp32")
+    schedule = "constant_with_warmup" if train.schedule == "constant" and train.warmup else train.schedule
+    return TrainingArguments(
+        output_dir=str(folder or Path(tempfile.gettempdir()) / "growthring"),  # nothing is written there
+        learning_rate=train.learning_rate,
+        per_device_train_batch_size=train.batch_size,
+        num_train_epochs=train.epochs if train.epochs is not None else 1.0,
+        max_steps=train.max_steps or -1,
+        weight_decay=train.weight_decay,
+        lr_scheduler_type=schedule,
+        warmup_steps=train.warmup,  # below 1: a share of the steps
+        max_grad_norm=train.max_grad_norm,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        optim=_OPTIMIZERS[train.optimizer],
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        use_cpu=not accelerator,
+        dataloader_pin_memory=accelerator,
+        seed=seed,
+        save_strategy="no",
+        logging_steps=10,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+@contextmanager
+def _named_modules(settings: LoraSettings | None, model: str) -> Iterator[None]:
+    """Turn PEFT's complaint about names it cannot find into one that offers those it could."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, ConfigError) or settings is None or "arget module" not in str(error):
+            raise
+        wanted = [settings.target_modules] if isinstance(settings.target_modules, str) else settings.target_modules
+        names = _linear_names(model)
+        unknown = [name for name in wanted if name not in names] or wanted
+        tips = "; ".join(f"{name!r}: {nearest(name, names)}" for name in unknown)
+        raise ConfigError(f"adapter.target_modules: not found in the model: {tips}") from error
+
+
+def _linear_names(model: str) -> Sequence[str]:
+    """Last names of the linear layers of a model; its weights are not loaded."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        empty: Any = AutoModel.from_config(AutoConfig.from_pretrained(model))
+    return sorted({name.split(".")[-1] for name, module in empty.named_modules() if isinstance(module, nn.Linear)})

@@ -1,0 +1,245 @@
+"""The configuration of a run: one schema for Python, YAML files and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
+
+from growthring.errors import ConfigError, nearest
+
+from . import _yaml
+from ._messages import explain
+from .methods import METHODS, Method, get_method
+from .settings import (
+    DemoStreamConfig,
+    GuardSettings,
+    LoraSettings,
+    Name,
+    Section,
+    Seed,
+    StreamConfig,
+    TrainSettings,
+    absolute,
+)
+
+__all__ = ["DEMO_MODELS", "RunConfig", "config_schema", "load_config", "parse_config"]
+
+DEMO_MODELS = ("demo:minilm",)
+"""Models that the demo's assets hold."""
+
+_TAGS = ("a name", "the demo", "tasks")
+_SHOWN = 8
+
+
+def _branch(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "the demo" if "source" in value else "tasks"
+    return "a name" if isinstance(value, str) else "the demo" if isinstance(value, DemoStreamConfig) else "tasks"
+
+
+Stream: TypeAlias = Annotated[
+    Annotated[Literal["demo"], Tag("a name")]
+    | Annotated[DemoStreamConfig, Tag("the demo")]
+    | Annotated[StreamConfig, Tag("tasks")],
+    Discriminator(_branch),
+]
+
+
+class RunConfig(Section):
+    """Everything that decides the outcome of a run, with the method's defaults filled in.
+
+    Settings that have no effect for the chosen method are refused rather than ignored. Relative paths in a file start
+    at the file's folder; ``output`` starts at the current one.
+
+    Example:
+        ```python
+        config = gr.RunConfig(method="pegp", stream="demo", train={"learning_rate": 3e-3})
+        result = gr.run(config, "runs/mine")
+        ```
+    """
+
+    model: Name = Field("demo:minilm", description="demo:minilm, the folder of an encoder, or its name on the hub.")
+    stream: Stream = Field("demo", description="demo, or the tasks to learn.")
+    method: Name = Field(description="How to learn them; growthring methods lists the names.", json_schema_extra={"enum": list(METHODS)})
+    title: Name | None = Field(None, description="What tables and pages call this run. Default: the method's title.")
+    adapter: LoraSettings | None = Field(None, description="The LoRA adapter, for methods that train one.")
+    guard: GuardSettings | None = Field(None, description="The guard, for methods that have one.")
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="How each task is trained.")
+    head: Literal["label-text", "linear"] = Field(
+        "label-text",
+        description="label-text: similarity to embedded label names. linear: a head that grows with the classes.",
+    )
+    pooling: Literal["auto", "mean", "cls", "last"] = Field("auto", description="How token vectors become one.")
+    max_length: int = Field(128, ge=3, description="Tokens kept of a text.")
+    seed: Seed = Field(0, description="Seed of data order, adapter initialisation and dropout.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: what PyTorch chooses.")
+    output: Name | None = Field(None, description="Run folder. Default: runs/<name of the file>, or runs/<method>.")
+    tensorboard: bool = Field(False, description="Write TensorBoard event files into the run folder.")
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, value: str, info: ValidationInfo) -> str:
+        if value.startswith("demo:"):
+            if value not in DEMO_MODELS:
+                raise ConfigError(f"there is no demo model {value!r}; {nearest(value, DEMO_MODELS)}")
+            return value
+        folder = Path(absolute(value, info))
+        if folder.is_dir():
+            return str(folder)
+        if value.startswith((".", "/", "~")) or Path(value).is_absolute() or value.count("/") > 1 or "\\" in value:
+            beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+            tip = nearest(folder.name, beside) if beside else f"{folder.parent} does not exist or holds no folder"
+            raise ConfigError(f"there is no folder {str(folder)!r}; {tip}")
+        return value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        return get_method(value).name
+
+    @field_validator("output")
+    @classmethod
+    def _no_file(cls, value: str | None) -> str | None:
+        if value is not None and Path(value).is_file():
+            raise ConfigError(f"{value!r} is a file; name a folder")
+        return value
+
+    @model_validator(mode="after")
+    def _fill(self) -> RunConfig:
+        """Check what depends on the method, then write its defaults in."""
+        method = get_method(self.method)
+        values: dict[str, Any] = {"title": self.title or method.title, "stream": self._filled_stream()}
+        values["adapter"] = self._filled_adapter(method)
+        values["guard"] = self._filled_guard(method)
+        if self.train.learning_rate is None:
+            values["train"] = self.train.model_copy(update={"learning_rate": method.learning_rate})
+        self._check_steps(values["stream"], method)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        return self
+
+    def _filled_stream(self) -> DemoStreamConfig | StreamConfig:
+        stream = DemoStreamConfig(source="demo") if isinstance(self.stream, str) else self.stream  # type: ignore[call-arg]
+        return stream if stream.seed is not None else stream.model_copy(update={"seed": self.seed})
+
+    def _filled_adapter(self, method: Method) -> LoraSettings | None:
+        if method.adapter == "lora":
+            return self.adapter or LoraSettings()  # type: ignore[call-arg]
+        if self.adapter is not None:
+            what = "every linear weight" if method.adapter == "linear" else "every parameter"
+            raise ConfigError(
+                f"adapter: has no effect: the method {method.name!r} trains {what} and has no LoRA adapter. Remove "
+                f"adapter, or choose a method that has one ({_having(lambda m: m.adapter == 'lora')})"
+            )
+        return None
+
+    def _filled_guard(self, method: Method) -> GuardSettings | None:
+        if method.guard is None:
+            if self.guard is not None:
+                raise ConfigError(
+                    f"guard: has no effect: the method {method.name!r} has no guard. Remove guard, or choose a method "
+                    f"that has one ({_having(lambda m: m.guard is not None)})"
+                )
+            return None
+        guard = self.guard or GuardSettings()  # type: ignore[call-arg]
+        if guard.energy is None:
+            return guard.model_copy(update={"energy": dict(method.energy)})
+        if isinstance(guard.energy, Mapping) and "start" not in guard.energy:
+            kinds = ["lora_A", "lora_B"] if method.adapter == "lora" else ["linear"]
+            kinds += ["linear"] if self.head == "linear" and "linear" not in kinds else []
+            for kind in guard.energy:
+                if kind not in kinds:
+                    raise ConfigError(
+                        f"guard.energy.{kind}: has no effect: the method {method.name!r} with head {self.head!r} "
+                        f"protects {' and '.join(kinds)}"
+                    )
+        return guard
+
+    def _check_steps(self, stream: DemoStreamConfig | StreamConfig, method: Method) -> None:
+        steps = self.train.steps or {}
+        if isinstance(stream, DemoStreamConfig) or not steps:
+            return
+        names = [task.name for task in stream.tasks]
+        for name in steps:
+            if name not in names:
+                raise ConfigError(f"train.steps.{name}: the stream has no such task; {nearest(name, names)}")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, as plain data that :func:`load_config` reads back to an equal configuration."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    """Plain data; keys that hold nothing because nothing is their default are left out."""
+    if isinstance(value, Section):
+        fields = ((name, field.default, getattr(value, name)) for name, field in type(value).model_fields.items())
+        return {name: _plain(one) for name, default, one in fields if one is not None or default is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def _having(condition: Any) -> str:
+    return ", ".join(name for name, method in METHODS.items() if condition(method))
+
+
+def parse_config(data: Any, *, where: str = "configuration", base: str | Path | None = None) -> RunConfig:
+    """Check plain data.
+
+    Args:
+        data: A mapping as :class:`RunConfig` describes.
+        where: What messages call it, for example a file name.
+        base: Folder at which relative paths start; default the current one.
+
+    Raises:
+        ConfigError: With every wrong key: its path, what came in, and what is allowed.
+    """
+    if not isinstance(data, Mapping):
+        what = "empty" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"{where}: must be a mapping of settings (key: value), but it is {what}. The least: method: pegp")
+    try:
+        return RunConfig.model_validate(dict(data), context={"base": Path(base) if base else None})
+    except ValidationError as error:
+        found = [explain(one, RunConfig, _TAGS) for one in error.errors()]
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        lines = found[:_SHOWN] + more
+        raise ConfigError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])) from None
+
+
+def load_config(path: str | Path, **overrides: Any) -> RunConfig:
+    """Read a configuration file.
+
+    Args:
+        path: A YAML or JSON file. A key that is there twice is refused; ``1e-3`` is a number.
+        **overrides: Top-level settings that replace those of the file, for example ``seed=1``; ``None`` replaces nothing.
+
+    Raises:
+        ConfigError: The file cannot be read or a setting is wrong; see :func:`parse_config`.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        inside = file / "config.yaml"
+        tip = f"did you mean {str(inside)!r}?" if inside.is_file() else "name a YAML or JSON file"
+        raise ConfigError(f"{file}: this is a folder; {tip}")
+    if not file.is_file():
+        beside = [p.name for p in file.parent.iterdir() if p.is_file()] if file.parent.is_dir() else []
+        tip = f"; {nearest(file.name, beside)}" if beside and len(beside) <= 50 else ""
+        raise ConfigError(f"{file}: there is no such file{tip}")
+    try:
+        data = _yaml.parse(file.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if isinstance(data, Mapping):
+        data = {**data, **{key: value for key, value in overrides.items() if value is not None}}
+    return parse_config(data, where=str(file), base=file.parent)
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema of a configuration file, for editors and other programs."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
