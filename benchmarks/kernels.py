@@ -81,16 +81,9 @@ def bank() -> dict[str, Any]:
         for space, matrix in zip(spaces, items, strict=True):
             space.reject_(matrix)
 
-    return {
-        "full_rank": {
-            "loop_ms": 1e3 * median(lambda: loop(matrices)),
-            "bank_ms": 1e3 * median(lambda: stacked.reject_(matrices)),
-        },
-        "lora_rank_8": {
-            "loop_ms": 1e3 * median(lambda: loop(thin)),
-            "bank_ms": 1e3 * median(lambda: thin_bank.reject_(thin)),
-        },
-    }
+    full_rank = {"loop_ms": median(lambda: loop(matrices)), "bank_ms": median(lambda: stacked.reject_(matrices))}
+    rank_8 = {"loop_ms": median(lambda: loop(thin)), "bank_ms": median(lambda: thin_bank.reject_(thin))}
+    return {name: {k: v * 1e3 for k, v in row.items()} for name, row in (("full_rank", full_rank), ("lora", rank_8))}
 
 
 def growth() -> list[dict[str, Any]]:
