@@ -31,7 +31,7 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.base
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/subspace_kernels.py
 	$(BIN)/python benchmarks/step_overhead.py
 
 bench-quality: $(VENV)/.base

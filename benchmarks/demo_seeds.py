@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import load, machine, store
 
+from _common import load, machine, store
 from growthring.recipes import demo_runs, run
 
 NAME = "demo_seeds.json"

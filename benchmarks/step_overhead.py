@@ -1,8 +1,8 @@
 """What PEGP costs: per step and per task, as a ratio to the same training without it, in one run.
 
-The model has the shape of all-MiniLM-L6 (random weights: their values change no cost). Guarded and unguarded steps
-alternate on the same model, so that a drifting machine hits both alike. Bases are filled to the ranks that the energies
-below need on features with a decaying spectrum.
+The model has the shape of all-MiniLM-L6 (random weights: their values change no cost). Guarded and unguarded
+steps alternate on the same model, so that a drifting machine hits both alike. Ranks of the bases are those that the
+energies below need on token ids with the skew of text; they are stored beside the ratios.
 
     python benchmarks/step_overhead.py    # writes benchmarks/results/step_overhead.json
 """

@@ -28,8 +28,8 @@ EXACT_ABOVE = 0.999
 """Energies above this are collected by QR; Gram matrices of float32 products stop at 1e-7 of the top energy."""
 SKETCH_ABOVE = 4096
 """Features wider than this are sketched: a full moment would take more than 134 MB."""
-ROWS_PER_DIM = 4
-"""Feature rows kept for one dimension, where rounding noise is not asked for; more change a moment little and cost."""
+ROWS, ROWS_PER_DIM = 8192, 4
+"""Feature rows used of a site, the larger of the two, where rounding noise is not asked for: more change little."""
 
 
 @dataclass
@@ -213,7 +213,7 @@ def collect(
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
         for lead in listen[module]:
             moment = collected.moments[lead]
-            keep = math.ceil(ROWS_PER_DIM * moment.dim * size_of(current) / expected)
+            keep = math.ceil(max(ROWS, ROWS_PER_DIM * moment.dim) * size_of(current) / expected)
             if moment.form != "root" and keep < rows.shape[0]:
                 rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
             moment.update(rows)

@@ -88,7 +88,9 @@ def build(
     for name in config.train.steps or {}:
         stream.index(name)
     if method.joint and config.train.steps and set(config.train.steps) != {task.name for task in stream}:
-        raise ConfigError("train.steps: the method 'joint' trains all tasks in one go; name every task, or use max_steps")
+        raise ConfigError(
+            "train.steps: the method 'joint' trains all tasks in one go; name every task, or use max_steps"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     guards = []
@@ -159,7 +161,9 @@ def run(
             _remove(folder / name)
         write_text(folder / "config.yaml", _yaml.dump(config.resolved()))
     except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another") from error
+        raise ConfigError(
+            f"the run folder {folder} cannot be written: {error.strerror or error}; choose another"
+        ) from error
     result = trainer.fit()
     result.report(folder / "report.html")
     return result
@@ -175,7 +179,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{folder} is a file; the run needs a folder")
     held = [name for name in PRODUCTS if (folder / name).exists()]
     if held and not overwrite:
-        raise ConfigError(f"{folder} already holds {', '.join(held)}; choose another folder, or overwrite it (--overwrite)")
+        raise ConfigError(
+            f"{folder} already holds {', '.join(held)}; choose another folder, or overwrite it (--overwrite)"
+        )
 
 
 def _remove(path: Path) -> None:
@@ -193,7 +199,7 @@ def _task(task: TaskConfig, seed: int) -> Task:
             task.name,
             task.hub.path,
             config=task.hub.config,
-            splits=task.hub.splits,
+            splits={str(key): split for key, split in task.hub.splits.items()},
             text=task.text,
             label=task.label,
             labels=task.labels,
@@ -253,6 +259,7 @@ def _arguments(train: TrainSettings, seed: int, folder: Path | None) -> Training
         seed=seed,
         save_strategy="no",
         logging_steps=10,
+        logging_first_step=True,
         disable_tqdm=True,
         report_to=[],
     )

@@ -14,6 +14,7 @@ from . import _yaml
 from ._messages import explain
 from .methods import METHODS, Method, get_method
 from .settings import (
+    TARGET_TAGS,
     DemoStreamConfig,
     GuardSettings,
     LoraSettings,
@@ -30,20 +31,20 @@ __all__ = ["DEMO_MODELS", "RunConfig", "config_schema", "load_config", "parse_co
 DEMO_MODELS = ("demo:minilm",)
 """Models that the demo's assets hold."""
 
-_TAGS = ("a name", "the demo", "tasks")
+_TAGS = ("a name", "the demo", "own tasks", *TARGET_TAGS)
 _SHOWN = 8
 
 
 def _branch(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "the demo" if "source" in value else "tasks"
-    return "a name" if isinstance(value, str) else "the demo" if isinstance(value, DemoStreamConfig) else "tasks"
+        return "the demo" if "source" in value else "own tasks"
+    return "a name" if isinstance(value, str) else "the demo" if isinstance(value, DemoStreamConfig) else "own tasks"
 
 
 Stream: TypeAlias = Annotated[
     Annotated[Literal["demo"], Tag("a name")]
     | Annotated[DemoStreamConfig, Tag("the demo")]
-    | Annotated[StreamConfig, Tag("tasks")],
+    | Annotated[StreamConfig, Tag("own tasks")],
     Discriminator(_branch),
 ]
 
@@ -61,23 +62,33 @@ class RunConfig(Section):
         ```
     """
 
-    model: Name = Field("demo:minilm", description="demo:minilm, the folder of an encoder, or its name on the hub.")
-    stream: Stream = Field("demo", description="demo, or the tasks to learn.")
-    method: Name = Field(description="How to learn them; growthring methods lists the names.", json_schema_extra={"enum": list(METHODS)})
-    title: Name | None = Field(None, description="What tables and pages call this run. Default: the method's title.")
-    adapter: LoraSettings | None = Field(None, description="The LoRA adapter, for methods that train one.")
-    guard: GuardSettings | None = Field(None, description="The guard, for methods that have one.")
+    model: Name = Field(
+        default="demo:minilm", description="demo:minilm, the folder of an encoder, or its name on the hub."
+    )
+    stream: Stream = Field(default="demo", description="demo, or the tasks to learn.")
+    method: Name = Field(
+        description="How to learn them; growthring methods lists the names.", json_schema_extra={"enum": list(METHODS)}
+    )
+    title: Name | None = Field(
+        default=None, description="What tables and pages call this run. Default: the method's title."
+    )
+    adapter: LoraSettings | None = Field(default=None, description="The LoRA adapter, for methods that train one.")
+    guard: GuardSettings | None = Field(default=None, description="The guard, for methods that have one.")
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="How each task is trained.")
     head: Literal["label-text", "linear"] = Field(
-        "label-text",
+        default="label-text",
         description="label-text: similarity to embedded label names. linear: a head that grows with the classes.",
     )
-    pooling: Literal["auto", "mean", "cls", "last"] = Field("auto", description="How token vectors become one.")
-    max_length: int = Field(128, ge=3, description="Tokens kept of a text.")
-    seed: Seed = Field(0, description="Seed of data order, adapter initialisation and dropout.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: what PyTorch chooses.")
-    output: Name | None = Field(None, description="Run folder. Default: runs/<name of the file>, or runs/<method>.")
-    tensorboard: bool = Field(False, description="Write TensorBoard event files into the run folder.")
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        default="auto", description="How token vectors become one."
+    )
+    max_length: int = Field(default=128, ge=3, description="Tokens kept of a text.")
+    seed: Seed = Field(default=0, description="Seed of data order, adapter initialisation and dropout.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: what PyTorch chooses.")
+    output: Name | None = Field(
+        default=None, description="Run folder. Default: runs/<name of the file>, or runs/<method>."
+    )
+    tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run folder.")
 
     @field_validator("model")
     @classmethod
@@ -122,12 +133,12 @@ class RunConfig(Section):
         return self
 
     def _filled_stream(self) -> DemoStreamConfig | StreamConfig:
-        stream = DemoStreamConfig(source="demo") if isinstance(self.stream, str) else self.stream  # type: ignore[call-arg]
+        stream = DemoStreamConfig(source="demo") if isinstance(self.stream, str) else self.stream
         return stream if stream.seed is not None else stream.model_copy(update={"seed": self.seed})
 
     def _filled_adapter(self, method: Method) -> LoraSettings | None:
         if method.adapter == "lora":
-            return self.adapter or LoraSettings()  # type: ignore[call-arg]
+            return self.adapter or LoraSettings()
         if self.adapter is not None:
             what = "every linear weight" if method.adapter == "linear" else "every parameter"
             raise ConfigError(
@@ -144,7 +155,7 @@ class RunConfig(Section):
                     f"that has one ({_having(lambda m: m.guard is not None)})"
                 )
             return None
-        guard = self.guard or GuardSettings()  # type: ignore[call-arg]
+        guard = self.guard or GuardSettings()
         if guard.energy is None:
             return guard.model_copy(update={"energy": dict(method.energy)})
         if isinstance(guard.energy, Mapping) and "start" not in guard.energy:
@@ -168,7 +179,7 @@ class RunConfig(Section):
                 raise ConfigError(f"train.steps.{name}: the stream has no such task; {nearest(name, names)}")
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its value, as plain data that :func:`load_config` reads back to an equal configuration."""
+        """Every setting with its value, as plain data that :func:`load_config` reads back to an equal one."""
         plain: dict[str, Any] = _plain(self)
         return plain
 
@@ -200,11 +211,15 @@ def parse_config(data: Any, *, where: str = "configuration", base: str | Path | 
     """
     if not isinstance(data, Mapping):
         what = "empty" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(f"{where}: must be a mapping of settings (key: value), but it is {what}. The least: method: pegp")
+        raise ConfigError(
+            f"{where}: must be a mapping of settings (key: value), but it is {what}. The least: method: pegp"
+        )
     try:
         return RunConfig.model_validate(dict(data), context={"base": Path(base) if base else None})
     except ValidationError as error:
-        found = [explain(one, RunConfig, _TAGS) for one in error.errors()]
+        # Unknown keys first: a misspelt key is often the reason why another one is missing.
+        errors = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        found = [explain(one, RunConfig, _TAGS) for one in errors]
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         lines = found[:_SHOWN] + more
         raise ConfigError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])) from None
@@ -215,7 +230,8 @@ def load_config(path: str | Path, **overrides: Any) -> RunConfig:
 
     Args:
         path: A YAML or JSON file. A key that is there twice is refused; ``1e-3`` is a number.
-        **overrides: Top-level settings that replace those of the file, for example ``seed=1``; ``None`` replaces nothing.
+        **overrides: Top-level settings that replace those of the file, for example ``seed=1``; ``None`` leaves the
+            file's.
 
     Raises:
         ConfigError: The file cannot be read or a setting is wrong; see :func:`parse_config`.

@@ -29,7 +29,9 @@ def demo_settings() -> dict[str, Any]:
     return settings
 
 
-def demo_runs(seed: int = 0, settings: Mapping[str, Any] | None = None, *, threads: int | None = None) -> list[tuple[str, RunConfig]]:
+def demo_runs(
+    seed: int = 0, settings: Mapping[str, Any] | None = None, *, threads: int | None = None
+) -> list[tuple[str, RunConfig]]:
     """The six runs of the demo, over the same data.
 
     Args:

@@ -75,7 +75,8 @@ _NONE = "None: nothing keeps a later task from changing what an earlier one lear
 _EXACT = (
     "No step moves a guarded weight within the protected part of the feature space of earlier tasks: the share that "
     "does is measured after every task and is rounding error (at most 1e-5 in float32), under any optimizer. At "
-    "energy 1.0 the inputs it was measured on keep their outputs; below it, what lies outside the protected part may move."
+    "energy 1.0 the inputs it was measured on keep their outputs; below it, what lies outside the protected part may "
+    "move."
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -90,7 +91,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 paper=_LORA,
                 guarantee=_NONE,
                 cost="That of LoRA: a few percent of the weights train.",
-                use_when="As the baseline that everything else is compared with; at a small learning rate it is hard to beat.",
+                use_when="As the baseline for everything else; hard to beat at a small learning rate.",
                 avoid_when="Earlier tasks still matter and the learning rate that learns well also forgets.",
                 learning_rate=1e-3,
             ),
@@ -146,7 +147,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 name="pegp-linear",
                 title="PEGP on linear weights",
-                summary="Every linear weight of the model, its updates kept out of the feature space of earlier tasks.",
+                summary="Every linear weight, its updates kept out of the feature space that earlier tasks use.",
                 adapter="linear",
                 guard="pegp",
                 paper=_PEGP,

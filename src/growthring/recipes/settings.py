@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from growthring.errors import ConfigError
 
@@ -26,6 +37,14 @@ Rows: TypeAlias = Annotated[int, Field(gt=0)]
 Name: TypeAlias = Annotated[str, Field(min_length=1)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=4_000_000)]
 
+SplitName: TypeAlias = Literal["train", "validation", "test"]
+
+TARGET_TAGS = ("one word", "a list")
+TargetModules: TypeAlias = Annotated[
+    Annotated[Literal["all-linear"], Tag("one word")] | Annotated[list[Name], Field(min_length=1), Tag("a list")],
+    Discriminator(lambda value: "one word" if isinstance(value, str) else "a list"),
+]
+
 _SHARE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _SCHEDULE: dict[str, Any] = {
     "type": "object",
@@ -36,10 +55,14 @@ _SCHEDULE: dict[str, Any] = {
 _ONE_ENERGY: dict[str, Any] = {"anyOf": [_SHARE, _SCHEDULE]}
 _KINDS: dict[str, Any] = {
     "type": "object",
-    "properties": {kind: _ONE_ENERGY for kind in ("lora_A", "lora_B", "linear")},
+    "properties": dict.fromkeys(("lora_A", "lora_B", "linear"), _ONE_ENERGY),
     "additionalProperties": False,
     "minProperties": 1,
 }
+
+
+def _train_and_test() -> dict[SplitName, str]:
+    return {"train": "train", "test": "test"}
 
 
 def absolute(path: str, info: ValidationInfo) -> str:
@@ -68,9 +91,9 @@ class HubConfig(Section):
     """A data set of the Hugging Face hub."""
 
     path: Name = Field(description="Name on the hub, for example SetFit/sst2.")
-    config: str | None = Field(None, description="Configuration of the data set, if it has several.")
-    splits: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=lambda: {"train": "train", "test": "test"},
+    config: str | None = Field(default=None, description="Configuration of the data set, if it has several.")
+    splits: dict[SplitName, str] = Field(
+        default_factory=_train_and_test,
         description="Which split of the data set is train, test and (optional) validation.",
     )
 
@@ -78,24 +101,30 @@ class HubConfig(Section):
 class LimitConfig(Section):
     """Largest number of rows of each split; drawn with the stream's seed, stratified by label."""
 
-    train: Rows | None = Field(None, description="Training rows; all if left out.")
-    validation: Rows | None = Field(None, description="Validation rows; all if left out.")
-    test: Rows | None = Field(None, description="Test rows; all if left out.")
+    train: Rows | None = Field(default=None, description="Training rows; all if left out.")
+    validation: Rows | None = Field(default=None, description="Validation rows; all if left out.")
+    test: Rows | None = Field(default=None, description="Test rows; all if left out.")
 
 
 class TaskConfig(Section):
     """One task: files, or a data set of the hub."""
 
     name: Name = Field(description="Name of the task, unique in the stream.")
-    train: Name | None = Field(None, description="Training rows: a jsonl, json, csv, tsv or parquet file (.gz too).")
-    test: Name | None = Field(None, description="Test rows, in such a file.")
-    validation: Name | None = Field(None, description="Validation rows; split off train if left out.")
-    hub: HubConfig | None = Field(None, description="A data set of the hub, in place of files.")
-    text: Name = Field("text", description="Name of the text column.")
-    label: Name = Field("label", description="Name of the label column.")
-    labels: list[str] | None = Field(None, description="The labels in the order wanted; default: those of train.")
-    label_texts: dict[str, str] | None = Field(None, description="What a label means in words, for the label-text head.")
-    limit: LimitConfig | None = Field(None, description="Largest number of rows of each split.")
+    train: Name | None = Field(
+        default=None, description="Training rows: a jsonl, json, csv, tsv or parquet file (.gz too)."
+    )
+    test: Name | None = Field(default=None, description="Test rows, in such a file.")
+    validation: Name | None = Field(default=None, description="Validation rows; split off train if left out.")
+    hub: HubConfig | None = Field(default=None, description="A data set of the hub, in place of files.")
+    text: Name = Field(default="text", description="Name of the text column.")
+    label: Name = Field(default="label", description="Name of the label column.")
+    labels: list[str] | None = Field(
+        default=None, description="The labels in the order wanted; default: those of train."
+    )
+    label_texts: dict[str, str] | None = Field(
+        default=None, description="What a label means in words, for the label-text head."
+    )
+    limit: LimitConfig | None = Field(default=None, description="Largest number of rows of each split.")
 
     _absolute = field_validator("train", "test", "validation")(lambda path, info: path and absolute(path, info))
 
@@ -106,7 +135,9 @@ class TaskConfig(Section):
             raise ConfigError(f"task {self.name!r} names both hub and {', '.join(files)}; give one of the two")
         missing = [key for key in ("train", "test") if getattr(self, key) is None]
         if self.hub is None and missing:
-            raise ConfigError(f"task {self.name!r} lacks {' and '.join(missing)}: give files for train and test, or hub")
+            raise ConfigError(
+                f"task {self.name!r} lacks {' and '.join(missing)}: give files for train and test, or hub"
+            )
         return self
 
 
@@ -114,34 +145,38 @@ class StreamConfig(Section):
     """Tasks of one's own, in the order in which they are learned."""
 
     tasks: list[TaskConfig] = Field(min_length=1, description="The tasks, in order.")
-    name: Name = Field("stream", description="Name of the stream.")
+    name: Name = Field(default="stream", description="Name of the stream.")
     scenario: Literal["task", "class", "domain"] = Field(
-        "task",
+        default="task",
         description="task: the task of a test example is known. class: all labels seen so far compete. "
         "domain: all tasks share one set of labels.",
     )
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train split off where no validation rows are given.")
-    seed: Seed | None = Field(None, description="Chooses the rows split off and the rows of limits; default: the run's seed.")
+    validation_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of train split off where no validation rows are given."
+    )
+    seed: Seed | None = Field(
+        default=None, description="Chooses the rows split off and the rows of limits; default: the run's seed."
+    )
 
 
 class DemoStreamConfig(Section):
     """The demo's five text tasks, with so many rows of each."""
 
     source: Literal["demo"] = Field(description="Always demo.")
-    train: Rows | None = Field(600, description="Training rows a task; null for all there are.")
-    validation: Rows | None = Field(200, description="Validation rows a task.")
-    test: Rows | None = Field(500, description="Test rows a task.")
-    seed: Seed | None = Field(None, description="Draws the rows; default: the run's seed.")
+    train: Rows | None = Field(default=600, description="Training rows a task; null for all there are.")
+    validation: Rows | None = Field(default=200, description="Validation rows a task.")
+    test: Rows | None = Field(default=500, description="Test rows a task.")
+    seed: Seed | None = Field(default=None, description="Draws the rows; default: the run's seed.")
 
 
 class LoraSettings(Section):
     """The LoRA adapter, for methods that train one."""
 
-    r: int = Field(8, ge=1, description="Rank of the adapter.")
-    alpha: float = Field(16, gt=0, description="Scale: the adapter's output is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | list[Name] = Field(
-        "all-linear", description="all-linear, or the names (or ends of names) of the modules to adapt."
+    r: int = Field(default=8, ge=1, description="Rank of the adapter.")
+    alpha: float = Field(default=16, gt=0, description="Scale: the adapter's output is multiplied by alpha / r.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: TargetModules = Field(
+        default="all-linear", description="all-linear, or the names (or ends of names) of the modules to adapt."
     )
 
 
@@ -153,35 +188,52 @@ class GuardSettings(Section):
         PlainValidator(_energy),
         WithJsonSchema({"anyOf": [_SHARE, _SCHEDULE, _KINDS, {"const": "auto"}, {"type": "null"}]}),
     ] = Field(
-        None,
+        default=None,
         validate_default=False,
         description="Share of the old features' energy to protect, in (0, 1]: a number, one for each kind of site "
         "(lora_A, lora_B, linear), a schedule {start, end, tasks} in place of any number, or auto (chosen on "
         "validation data at the first task boundary). Default: that of the method.",
     )
-    samples: int = Field(512, ge=1, description="Inputs whose features are collected at the end of a task.")
-    probes: int = Field(8, ge=0, description="Inputs of each task kept to measure how far outputs drift; 0 keeps none.")
+    samples: int = Field(default=512, ge=1, description="Inputs whose features are collected at the end of a task.")
+    probes: int = Field(
+        default=8, ge=0, description="Inputs of each task kept to measure how far outputs drift; 0 keeps none."
+    )
     unprotected: Literal["hold", "allow"] = Field(
-        "hold", description="What happens to trained tensors that no condition protects, from the second task on."
+        default="hold",
+        description="What happens to trained tensors that no condition protects, from the second task on.",
     )
 
 
 class TrainSettings(Section):
     """How each task is trained."""
 
-    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate. Default: that of the method.")
-    batch_size: int = Field(16, ge=1, description="Examples a step and device.")
-    epochs: float | None = Field(None, gt=0, description="Passes over each task's training rows. Default 1, unless steps are given.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps of each task, in place of epochs.")
-    total_steps: int | None = Field(None, ge=1, description="Optimizer steps of the whole stream, shared equally over its tasks.")
-    steps: dict[str, Rows] | None = Field(None, description="Optimizer steps of single tasks, by name.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Learning rate over each task's steps.")
-    warmup: float = Field(0.0, ge=0, lt=1, description="Share of each task's steps over which the learning rate rises.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 does not clip.")
-    gradient_accumulation: int = Field(1, ge=1, description="Batches whose gradients make one step.")
-    optimizer: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="Optimizer; fresh for each task.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Arithmetic of the forward and backward pass.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate. Default: that of the method."
+    )
+    batch_size: int = Field(default=16, ge=1, description="Examples a step and device.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over each task's training rows. Default 1, unless steps are given."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps of each task, in place of epochs.")
+    total_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps of the whole stream, shared equally over its tasks."
+    )
+    steps: dict[str, Rows] | None = Field(default=None, description="Optimizer steps of single tasks, by name.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="Learning rate over each task's steps."
+    )
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each task's steps over which the learning rate rises."
+    )
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 does not clip.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Batches whose gradients make one step.")
+    optimizer: Literal["adamw", "sgd", "adafactor"] = Field(
+        default="adamw", description="Optimizer; fresh for each task."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Arithmetic of the forward and backward pass."
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainSettings:
@@ -189,7 +241,9 @@ class TrainSettings(Section):
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} are two budgets for the same thing; give one of them")
         if self.total_steps is not None and self.steps:
-            raise ConfigError("total_steps shares the whole budget over all tasks, so steps has no place beside it; drop one")
+            raise ConfigError(
+                "total_steps shares the whole budget over all tasks, so steps has no place beside it; drop one"
+            )
         if not given:
             object.__setattr__(self, "epochs", 1.0)
         return self

@@ -1,6 +1,6 @@
 """Subspace kernels against the full SVD, in one run: time and how much energy the found range captures.
 
-python benchmarks/kernels.py    # writes benchmarks/results/kernels.json
+python benchmarks/subspace_kernels.py    # writes benchmarks/results/subspace_kernels.json
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> None:
     """Measure and store."""
     torch.manual_seed(0)
     result = {"machine": machine(), "range_finders": range_finders(), "bank": bank(), "growth": growth()}
-    print(store("kernels.json", result))
+    print(store("subspace_kernels.json", result))
 
 
 if __name__ == "__main__":

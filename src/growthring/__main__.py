@@ -1,0 +1,5 @@
+"""``python -m growthring`` is the command ``growthring``."""
+
+from growthring.cli import main
+
+main()
