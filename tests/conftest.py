@@ -11,7 +11,12 @@ WORDS = """the a of to and in is it that was for on are with as at be this have 
 when your can said there use an each which she do how their if will up other about out many then them these so some
 her would make like him into time has look two more write go see number no way could people my than first water been
 call who oil its now find long down day did get come made may part good bad red blue cold warm cat dog fish bird
-one three train plane ship car north south""".split()
+one three train plane ship car north south test""".split()  # noqa: SIM905
+
+
+def pytest_configure(config):
+    # PEFT asks a transformers property whose new name older transformers do not have.
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +38,52 @@ def tiny_encoder(tmp_path_factory):
         torch.manual_seed(0)
         BertModel(config).save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture
+def tiny_stream(tmp_path, tiny_encoder):
+    """A function that writes ``stream.yaml`` over two tiny tasks and the tiny encoder, and returns its path."""
+    import json
+
+    import yaml
+
+    texts = {
+        "animals": {
+            "good": ["the good cat", "a dog", "my cat and dog"],
+            "bad": ["a red bird", "the fish", "long fish"],
+        },
+        "traffic": {
+            "north": ["the car", "one train", "a long train"],
+            "south": ["two plane", "the plane", "up a plane"],
+        },
+    }
+    data = tmp_path / "data"
+    data.mkdir()
+    for task, labels in texts.items():
+        for split, times in (("train", 4), ("test", 2)):
+            rows = [
+                {"text": f"{split} {text} {WORDS[number]}", "label": label}
+                for label, several in labels.items()
+                for text in several
+                for number in range(times)
+            ]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (data / f"{task}-{split}.jsonl").write_text(lines, encoding="utf-8")
+
+    def write(method="pegp", name="stream.yaml", **changes):
+        tasks = [
+            {"name": task, "train": f"data/{task}-train.jsonl", "test": f"data/{task}-test.jsonl"} for task in texts
+        ]
+        config = {
+            "model": str(tiny_encoder),
+            "stream": {"tasks": tasks},
+            "method": method,
+            "train": {"learning_rate": 0.01, "batch_size": 8, "max_steps": 2},
+            "max_length": 16,
+            **changes,
+        }
+        file = tmp_path / name
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        return file
+
+    return write

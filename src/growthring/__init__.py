@@ -1,16 +1,41 @@
-"""growthring: fine-tune a pretrained model on one task after another without losing what it knew."""
+"""growthring: fine-tune a pretrained model on one task after another without losing what it knew.
 
+Public names are loaded when they are first used, so that ``import growthring`` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from growthring.guards import PEGP, Certificate, Guard, LinearSchedule
-from growthring.streams import Task, TaskStream
-from growthring.subspace import SecondMoment, Subspace
-from growthring.trainer import ContinualTrainer, RunResult
+if TYPE_CHECKING:
+    from growthring.guards import PEGP, Certificate, Guard, LinearSchedule
+    from growthring.recipes import RunConfig, load_config, run
+    from growthring.streams import Task, TaskStream
+    from growthring.subspace import SecondMoment, Subspace
+    from growthring.trainer import ContinualTrainer, RunResult
 
 try:
     __version__ = version("growthring")
 except PackageNotFoundError:  # running from a source tree that was never installed
     __version__ = "0+unknown"
+
+_HOME = {
+    "Certificate": "guards",
+    "ContinualTrainer": "trainer",
+    "Guard": "guards",
+    "LinearSchedule": "guards",
+    "PEGP": "guards",
+    "RunConfig": "recipes",
+    "RunResult": "trainer",
+    "SecondMoment": "subspace",
+    "Subspace": "subspace",
+    "Task": "streams",
+    "TaskStream": "streams",
+    "load_config": "recipes",
+    "run": "recipes",
+}
 
 __all__ = [
     "PEGP",
@@ -18,9 +43,24 @@ __all__ = [
     "ContinualTrainer",
     "Guard",
     "LinearSchedule",
+    "RunConfig",
     "RunResult",
     "SecondMoment",
     "Subspace",
     "Task",
     "TaskStream",
+    "load_config",
+    "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'growthring' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"growthring.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from rich.text import Text
 import growthring
 from growthring.errors import ConfigError, nearest
 
-__all__ = ["Verbosity", "complain", "errors", "output", "quiet_libraries", "set_up", "verbosity"]
+__all__ = ["Verbosity", "complain", "errors", "loading", "output", "quiet_libraries", "set_up", "verbosity"]
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _PACKAGE = Path(str(growthring.__path__[0])).resolve()
@@ -59,6 +59,12 @@ def _console(stream: TextIO) -> Console:
 def complain(message: str) -> None:
     """One error message."""
     errors().print(Text("error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)
+
+
+def loading() -> None:
+    """Say, to someone who watches, why nothing happens for some seconds."""
+    if verbosity.chatter and errors().is_terminal:
+        errors().print("Loading PyTorch and transformers ...", style="dim")
 
 
 def set_up(verbose: int, quiet: bool, debug: bool) -> None:

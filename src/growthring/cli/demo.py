@@ -50,8 +50,9 @@ def demo(
 
         growthring demo --assets wheels/
     """
-    from growthring.recipes.build import check_folder
+    from growthring.recipes.runner import check_folder
 
+    _console.loading()
     runs = _chosen(seed, threads, only or [])
     for name, _ in runs:
         check_folder(out / name, overwrite=overwrite)
@@ -62,7 +63,7 @@ def demo(
     console = _console.output()
     with _console.quiet_libraries():
         _fetch(assets)
-        from growthring.recipes.build import build_stream, run
+        from growthring.recipes.runner import build_stream, run
         from growthring.report import matrix_table, summary_table, write_report
 
         stream = build_stream(runs[0][1])

@@ -37,17 +37,18 @@ def run(
 
         growthring run stream.yaml --json > results.json
     """
-    from growthring.recipes.build import check_folder
     from growthring.recipes.config import load_config
+    from growthring.recipes.runner import check_folder
 
     if seed is not None and seed < 0:
         raise ConfigError(f"--seed {seed}: must be 0 or more")
     settings = load_config(config, seed=seed)
     folder = out or Path(settings.output or Path("runs") / config.stem)
     check_folder(folder, overwrite=overwrite)
+    _console.loading()
     with _console.quiet_libraries():
-        from growthring.recipes.build import build_stream
-        from growthring.recipes.build import run as run_config
+        from growthring.recipes.runner import build_stream
+        from growthring.recipes.runner import run as run_config
         from growthring.report import matrix_table, summary_table
 
         stream = build_stream(settings)

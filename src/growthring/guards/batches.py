@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growthring.errors import DataError
+from growthring.errors import DataError, NumericalError
 
-__all__ = ["evaluating", "head_of", "mask_for", "output_of", "relative_change", "run_model", "size_of"]
+__all__ = ["evaluating", "head_of", "mask_for", "masks_apply", "output_of", "relative_change", "run_model", "size_of"]
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, flag in flags:
@@ -43,26 +43,25 @@ def size_of(batch: Any) -> int:
 
 
 def head_of(batch: Any, count: int) -> Any:
-    """The first ``count`` examples of a batch, copied to the CPU."""
+    """The first ``count`` examples of a batch, tensors copied to the CPU; of a tuple, its input."""
     size = size_of(batch)
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
             part = value[:count] if value.ndim and value.shape[0] == size else value
             return part.detach().cpu().clone()
-        return value
+        return value[:count] if isinstance(value, list | tuple) and len(value) == size else value
 
     if isinstance(batch, Tensor):
         return cut(batch)
     if isinstance(batch, Mapping):
-        return {key: cut(value) for key, value in batch.items() if isinstance(value, Tensor)}
+        return {key: cut(value) for key, value in batch.items()}
     return cut(batch[0])
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Call the model on a batch, moved to where the model is. A tuple's first entry is the input."""
-    first = next(iter(model.parameters()), None)
-    device = first.device if first is not None else torch.device("cpu")
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if isinstance(batch, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     return model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
@@ -71,7 +70,7 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 def output_of(outputs: Any) -> Tensor | None:
     """The tensor that a model's outputs are about: logits, else the last hidden state, else the first tensor."""
     if isinstance(outputs, Tensor):
-        return outputs
+        return outputs if outputs.ndim else None
     if isinstance(outputs, Mapping):
         for key in ("logits", "last_hidden_state"):
             if isinstance(outputs.get(key), Tensor):
@@ -82,10 +81,15 @@ def output_of(outputs: Any) -> Tensor | None:
     return None
 
 
+def masks_apply(model: nn.Module) -> bool:
+    """False for encoder-decoder models: the mask is about the source, and the target may be as long by chance."""
+    return not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules())
+
+
 def mask_for(features: Tensor, batch: Any) -> Tensor | None:
     """The batch's attention mask when it has one element for every feature row; padding is nobody's knowledge."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask < 0).any()):
         return None
     if features.shape[:-1] == mask.shape or (
         features.ndim == 2 and features.shape[0] == mask.numel() != mask.shape[0]
@@ -97,14 +101,23 @@ def mask_for(features: Tensor, batch: Any) -> Tensor | None:
 def relative_change(new: Tensor, old: Tensor, mask: Tensor | None = None) -> float:
     """``max |new - old| / max |old|`` over rows where ``mask`` is set, and over the columns that both have.
 
-    A head that has grown since has more logits; the old ones are compared.
+    A head that has grown since has more logits; the old ones are compared. Infinities that stand on both sides
+    (columns masked out) carry no information. Where ``old`` is all zero, the change is absolute.
+
+    Raises:
+        NumericalError: If ``new`` is NaN or infinite where ``old`` is not: the weights have diverged.
     """
     width = min(new.shape[-1], old.shape[-1])
     new, old = new[..., :width].double().cpu(), old[..., :width].double().cpu()
     if mask is not None:
         keep = mask.reshape(-1).bool().cpu()
         new, old = new.reshape(-1, width)[keep], old.reshape(-1, width)[keep]
-    # columns that were masked out (minus infinity) on both sides carry no information
-    both = torch.isfinite(new) & torch.isfinite(old)
-    scale = float(old[both].abs().max()) if bool(both.any()) else 0.0
-    return float((new - old)[both].abs().max()) / scale if scale else 0.0
+    known = torch.isfinite(old)
+    if not bool(torch.isfinite(new[known]).all()):
+        raise NumericalError(
+            "the model answers inputs of an earlier task with NaN or infinity: training has diverged. Go back to a "
+            "checkpoint and use a smaller learning rate"
+        )
+    if not bool(known.any()):
+        return 0.0
+    return float((new - old)[known].abs().max()) / (float(old[known].abs().max()) or 1.0)

@@ -16,9 +16,9 @@ from growthring.errors import GuardError
 from growthring.subspace import SecondMoment, Subspace
 
 from .base import SiteCertificate
-from .batches import head_of, mask_for, output_of, relative_change, run_model, size_of
+from .batches import head_of, mask_for, masks_apply, output_of, relative_change, run_model, size_of
 from .energy import Energy, energy_for
-from .sites import Site, capture, group_by_input
+from .sites import Key, Site, capture, group_by_input
 
 __all__ = ["Collected", "FeatureMemory", "Probes"]
 
@@ -97,32 +97,42 @@ class FeatureMemory:
         Raises:
             GuardError: If no site saw any feature.
         """
-        certificates = []
-        for group in collected.groups:
-            lead, moment = group[0].name, collected.moments[group[0].name]
-            name = next((self.site_space[s.name] for s in group if s.name in self.site_space), lead)
-            target = max(energy_for(energy, s.kind, index) for s in group)
-            captured = 1.0
-            if moment.trace > 0.0:
-                parameter = like[lead]
-                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-                space = self.spaces.setdefault(name, Subspace(moment.dim, dtype=dtype, device=parameter.device))
-                captured = space.grow(moment, energy=target).energy
-            elif name not in self.spaces:
-                logger.info("PEGP: %s saw no features, so it is not protected yet", lead)
-                continue
-            space = self.spaces[name]
-            for site in group:
-                self.site_space[site.name] = name
-                leak = leaks.get(site.name)
-                certificates.append(
-                    SiteCertificate(site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak)
-                )
-        if not certificates:
+        if not any(moment.trace > 0.0 for moment in collected.moments.values()):
             raise GuardError(
                 "PEGP: no protected module saw any feature while the model ran; check what the batches feed"
             )
+        grown: list[tuple[Site, float, float]] = []
+        for group in collected.groups:
+            lead, moment = group[0].name, collected.moments[group[0].name]
+            target = max(energy_for(energy, s.kind, index) for s in group)
+            for name, members in self._by_space(group).items():
+                captured = 1.0
+                if moment.trace > 0.0:
+                    parameter = like[lead]
+                    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+                    space = self.spaces.setdefault(name, Subspace(moment.dim, dtype=dtype, device=parameter.device))
+                    captured = space.grow(moment, energy=target).energy
+                elif name not in self.spaces:
+                    logger.info("PEGP: %s saw no features, so it is not protected yet", name)
+                    continue
+                self.site_space.update({site.name: name for site in members})
+                grown += [(site, target, captured) for site in members]
+        certificates = []
+        for site, target, captured in grown:
+            space = self.spaces[self.site_space[site.name]]
+            leak = leaks.get(site.name)
+            certificates.append(
+                SiteCertificate(site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak)
+            )
         return certificates
+
+    def _by_space(self, group: list[Site]) -> dict[str, list[Site]]:
+        """The group's sites by the space that each has; new ones join the first, and what was apart stays apart."""
+        default = next((self.site_space[s.name] for s in group if s.name in self.site_space), group[0].name)
+        parts: dict[str, list[Site]] = {}
+        for site in group:
+            parts.setdefault(self.site_space.get(site.name, default), []).append(site)
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and strings only."""
@@ -162,6 +172,8 @@ class Probes:
         if self.each == 0 or len(self.kept) >= self.tasks:
             return
         probe = head_of(batch, self.each)
+        if isinstance(probe, Mapping):
+            probe = {key: value for key, value in probe.items() if _storable(value)}
         answer = output_of(run_model(model, probe))
         if answer is not None:
             self.kept.append((probe, answer.detach().cpu().clone()))
@@ -172,11 +184,11 @@ class Probes:
         for batch, old in self.kept:
             new = output_of(run_model(model, batch))
             if new is not None:
-                changes.append(relative_change(new, old, mask_for(old, batch)))
+                changes.append(relative_change(new, old, mask_for(old, batch) if masks_apply(model) else None))
         return max(changes, default=None)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Tensors only."""
+        """Tensors and plain values only."""
         return [{"inputs": b if isinstance(b, Mapping) else {"": b}, "outputs": o} for b, o in self.kept]
 
     def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
@@ -191,51 +203,65 @@ def collect(
 
     Args:
         model: In evaluation mode, without gradients.
-        sites: Sites to listen to.
+        sites: Sites to listen to. Those that share their input in the first batch share one moment, of everything
+            that any of them sees.
         batches: Batches as the model takes them.
         samples: Examples read at most. Of their feature rows a seeded random part is used where there are many.
         exact: Names of sites whose features are needed down to rounding noise.
-        probes: Takes its inputs from the first batch.
+        probes: Takes its inputs from the first batch, once all of them went well.
 
     Raises:
         GuardError: If there is no batch.
     """
     collected = Collected()
-    listen: dict[str, list[str]] = {}
+    lead: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
+    first: Any = None
     current: Any = None
-    seen, expected = 0, samples
+    fed: dict[tuple[str, Key], Tensor] = {}  # what this batch gave already; kept alive, so that keys stay true
+    seen, expected, masked = 0, samples, masks_apply(model)
 
-    def sink(module: str, features: Tensor) -> None:
-        mask = mask_for(features, current)
+    def sink(site: Site, features: Tensor, key: Key) -> None:
+        if (lead[site.name], key) in fed:
+            return
+        fed[lead[site.name], key] = features
+        mask = mask_for(features, current) if masked else None
         rows = features.reshape(-1, features.shape[-1])
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
-        for lead in listen[module]:
-            moment = collected.moments[lead]
-            keep = math.ceil(max(ROWS, ROWS_PER_DIM * moment.dim) * size_of(current) / expected)
-            if moment.form != "root" and keep < rows.shape[0]:
-                rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
-            moment.update(rows)
+        moment = collected.moments[lead[site.name]]
+        keep = math.ceil(max(ROWS, ROWS_PER_DIM * moment.dim) * size_of(current) / expected)
+        if moment.form != "root" and keep < rows.shape[0]:
+            rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
+        moment.update(rows)
 
     for batch in batches:
         take = min(size_of(batch), samples - seen)
         current = batch if take == size_of(batch) else head_of(batch, take)
-        if seen == 0:
+        if first is None:
+            first = current
             expected = min(samples, max(1, operator.length_hint(batches)) * take) if take < samples else take
             collected.groups = group_by_input(model, sites, current)
             for group in collected.groups:
                 collected.moments[group[0].name] = _moment(group[0].dim, any(s.name in exact for s in group))
-                listen.setdefault(group[0].module, []).append(group[0].name)
-            probes.take(model, current)
-        with capture(model, set(listen), sink):
+                lead.update({site.name: group[0].name for site in group})
+        with capture(model, sites, sink):
             run_model(model, current)
+        fed.clear()
         seen += take
         if seen >= samples:
             break
     if seen == 0:
         raise GuardError("PEGP: end_task got no batch; pass the task's training inputs, as the model takes them")
+    probes.take(model, first)
     return collected
+
+
+def _storable(value: Any) -> bool:
+    """True for tensors, plain values and lists of them."""
+    if isinstance(value, list | tuple):
+        return all(_storable(v) for v in value)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
 
 
 def _moment(dim: int, exact: bool) -> SecondMoment:

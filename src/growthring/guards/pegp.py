@@ -14,6 +14,7 @@ a projected gradient back into the protected space.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growthring.errors import ConfigError, GuardError
-from growthring.subspace import SubspaceBank
+from growthring.errors import ConfigError, DataError, GuardError
+from growthring.subspace import Subspace, SubspaceBank
 
 from . import storage
 from .base import Certificate, Guard
 from .batches import evaluating
 from .energy import CANDIDATES, Energy, energy_for, parse_energy
+from .marks import differs, mark_of
 from .memory import EXACT_ABOVE, Collected, FeatureMemory, Probes, collect
 from .sites import Site, find_sites, original_name, unprotected
 
@@ -91,8 +93,10 @@ class PEGP(Guard):
             )
         if unprotected not in ("hold", "allow"):
             raise ConfigError(f"PEGP(unprotected={unprotected!r}): allowed are 'hold' and 'allow'")
-        if not candidates:
-            raise ConfigError("PEGP(candidates=()): give at least one energy to try")
+        if not candidates or "auto" in candidates:
+            raise ConfigError(
+                f"PEGP(candidates={tuple(candidates)}): give at least one energy to try, none of them 'auto'"
+            )
         self.samples = samples
         self.unprotected = unprotected
         self.candidates = tuple(parse_energy(c) for c in candidates)
@@ -115,10 +119,11 @@ class PEGP(Guard):
     # --- the contract -------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Find the sites of ``model``.
+        """Find the sites of ``model``. A task under way on the very same parameters stays under way.
 
         Raises:
-            GuardError: If nothing trainable can be protected, or a stored memory belongs to another model.
+            GuardError: If nothing trainable can be protected, the weights are not there yet (meta device), or a
+                stored memory belongs to another model.
         """
         sites = find_sites(model, self._memory.site_space)
         names = {original_name(n): p for n, p in model.named_parameters()}
@@ -134,7 +139,13 @@ class PEGP(Guard):
                 f"PEGP found no LoRA factor and no linear weight among the {len(trainable)} trainable tensors "
                 f"(the first: {', '.join(trainable[:3])}). It protects LoRA on linear layers and plain linear weights"
             )
-        missing = [n for n in self._memory.site_space if n not in names]
+        absent = [n for n in trainable if names[n].is_meta]
+        if absent:
+            raise GuardError(
+                f"PEGP: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load them first"
+            )
+        found = {s.name for s in sites}
+        missing = [n for n in self._memory.site_space if n not in found]
         if missing:
             raise GuardError(
                 f"the memory protects {len(self._memory.site_space)} tensors, and {len(missing)} of them are not in "
@@ -146,11 +157,13 @@ class PEGP(Guard):
                 raise GuardError(
                     f"{site.name} sees {site.dim} features, but the memory holds a basis of R^{space.dim}"
                 )
+        ours = self._parameters
+        if names.keys() != ours.keys() or any(p is not ours[n] for n, p in names.items()):
+            self._leave()
         self._model, self._sites, self._parameters = model, sites, names
-        self._leave()
 
     def begin_task(self, task: str | None = None) -> None:
-        """Anchor every protected tensor where it is now.
+        """Anchor every protected tensor where it is now, or where it was if this task is under way already.
 
         Raises:
             GuardError: If the guard is not attached, or ``energy="auto"`` still has to be chosen.
@@ -214,18 +227,20 @@ class PEGP(Guard):
         index = len(self.tasks)
         task = task or f"task-{index + 1}"
         leaks, notes, held = self._leaks(), self._notes(), len(self._held)
+        if not self._begun and self._changed():
+            notes.append("this task was trained without the guard: nothing was protected meanwhile")
         with evaluating(model):
             change, compared = self._probes.change(model), self._probes.inputs
             collected = collect(model, self._sites, batches, self.samples, self._exact_sites(index), self._probes)
-        before = self._memory.copy() if self.energy == "auto" else None
-        energy: Energy = self.candidates[0] if self.energy == "auto" else self.energy
-        sites = self._memory.grow(collected, energy, index, self._parameters, leaks)
+            before = self._memory.copy() if self.energy == "auto" else None
+            energy: Energy = self.candidates[0] if self.energy == "auto" else self.energy
+            sites = self._memory.grow(collected, energy, index, self._parameters, leaks)
         if before is not None:
             self._pending = (before, collected)
             notes.append("energy='auto' is not chosen yet: these ranks are those of the most protective candidate")
         self.tasks.append(task)
         self._known = {original_name(n) for n, _ in model.named_parameters()}
-        self._marks = {s.name: self._mark(s.name) for s in self._sites}
+        self._mark()
         self._leave()
         certificate = Certificate(
             guard=self.name,
@@ -278,10 +293,16 @@ class PEGP(Guard):
             raise GuardError("PEGP.tune: only for energy='auto', after the first task and before the second")
         before, collected = self._pending
         scores: list[float] = []
-        for candidate in self.candidates:
-            self._take(before, collected, candidate)
-            scores.append(trial(candidate))
-            logger.info("PEGP: energy %s scores %.4f on validation data", candidate, scores[-1])
+        try:
+            for candidate in self.candidates:
+                self._take(before, collected, candidate)
+                score = float(trial(candidate))
+                scores.append(-math.inf if math.isnan(score) else score)
+                logger.info("PEGP: energy %s scores %.4f on validation data", candidate, score)
+        except BaseException:
+            self._take(before, collected, self.candidates[0])
+            self.energy = "auto"
+            raise
         self._take(before, collected, self.candidates[scores.index(max(scores))])
         self._pending = None
         return self.energy
@@ -296,15 +317,26 @@ class PEGP(Guard):
         return storage.save(Path(folder), self.name, self.settings(), self.state_dict())
 
     @classmethod
-    def load_pretrained(cls, folder: str | Path) -> PEGP:
+    def load_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> PEGP:
         """Read a memory written by :meth:`save_pretrained`; nothing in it is executed.
+
+        Args:
+            folder: Where it was written.
+            model: Attached first, if given. Needed for a memory written inside a task, or before ``energy="auto"``
+                was chosen.
 
         Raises:
             DataError: If the folder holds no whole memory of this guard, or one of a newer format.
+            GuardError: If the memory belongs to another model, or needs one and none is given.
         """
         settings, state = storage.load(Path(folder), cls.name)
-        guard = cls(**settings)
-        guard.load_state_dict(state)
+        try:
+            guard = cls(**settings)
+            if model is not None:
+                guard.attach(model)
+            guard.load_state_dict(state)
+        except (ConfigError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"the memory in {folder} is not whole: {type(error).__name__}: {error}") from error
         return guard
 
     def settings(self) -> dict[str, Any]:
@@ -346,7 +378,8 @@ class PEGP(Guard):
         """
         if (state["anchors"] or state["held"] or "pending" in state) and self._model is None:
             raise GuardError(
-                "this state was taken inside a task (or before energy='auto' was chosen): attach(model) first"
+                "this state was taken inside a task (or before energy='auto' was chosen): attach(model) first, or give "
+                "load_pretrained the model"
             )
         self.tasks, self.energy = list(state["tasks"]), parse_energy(state["energy"])
         self._memory = FeatureMemory.from_state_dict(state["memory"])
@@ -359,6 +392,7 @@ class PEGP(Guard):
                 FeatureMemory.from_state_dict(pending["memory"]),
                 Collected.from_state_dict(pending["collected"], self._sites),
             )
+        self._leave()
         if self._model is not None:
             self.attach(self._model)
             if state["anchors"] or state["held"]:
@@ -385,13 +419,15 @@ class PEGP(Guard):
 
     def _enter(self, model: nn.Module) -> None:
         """A task is under way: anchor, hold, and stack the bases."""
-        self._check_marks()
+        if not self._begun:
+            self._changed()
+        before = {**self._anchors, **self._held}
         training = [s for s in self._sites if self._parameters[s.name].requires_grad]
         self._guarded = [s for s in training if self._memory.protects(s.name)]
-        self._anchors = {s.name: self._copy(s.name) for s in self._guarded}
+        self._anchors = {s.name: before.get(s.name, self._copy(s.name)) for s in self._guarded}
         bare = [s.name for s in training if s.name not in self._anchors]
         loose = [n for n in (*unprotected(model, self._sites), *bare) if n in self._known]
-        self._held = {n: self._copy(n) for n in loose} if self.unprotected == "hold" else {}
+        self._held = {n: before.get(n, self._copy(n)) for n in loose} if self.unprotected == "hold" else {}
         self._bank = None
         if self._guarded:
             spaces = [self._memory.spaces[self._memory.site_space[s.name]] for s in self._guarded]
@@ -404,27 +440,36 @@ class PEGP(Guard):
         """Grow the memory of the first task anew, with another energy."""
         self.energy, self._memory = energy, before.copy()
         self._memory.grow(collected, energy, 0, self._parameters, {})
+        self._mark()
 
     def _exact_sites(self, index: int) -> set[str]:
-        if self.energy == "auto":
-            return set()
-        return {s.name for s in self._sites if energy_for(self.energy, s.kind, index) > EXACT_ABOVE}
+        asked = self.candidates if self.energy == "auto" else (self.energy,)
+        return {s.name for s in self._sites for e in asked if energy_for(e, s.kind, index) > EXACT_ABOVE}
 
     def _copy(self, name: str) -> Tensor:
         value = self._parameters[name].detach()
         return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
-    def _mark(self, name: str) -> float:
-        return float(self._parameters[name].detach().double().norm())
+    def _seen(self) -> dict[str, tuple[Tensor, Subspace | None]]:
+        """Every known trainable tensor, features last, with the space that is protected of it (``None``: all)."""
+        views = {s.name: s.view for s in self._sites}
+        known = ((n, p) for n, p in self._parameters.items() if p.requires_grad and n in self._known)
+        return {n: (views[n](p) if n in views else p, self._memory.space(n)) for n, p in known}
 
-    def _check_marks(self) -> None:
-        moved = [n for n, mark in self._marks.items() if abs(self._mark(n) - mark) > 1e-4 * max(mark, 1e-6)]
+    def _mark(self) -> None:
+        self._marks = {n: mark_of(tensor, space) for n, (tensor, space) in self._seen().items()}
+
+    def _changed(self) -> bool:
+        """Warn when what old inputs see has changed since the last consolidation, outside a task."""
+        seen = self._seen()
+        moved = [n for n, mark in self._marks.items() if n in seen and differs(*seen[n], mark)]
         if moved:
             warnings.warn(
                 f"PEGP: {len(moved)} protected tensors changed between consolidation and this task (the first: "
                 f"{moved[0]}). What changed them was not guarded; the guarantee starts anew from here",
                 stacklevel=4,
             )
+        return bool(moved)
 
     def _narrow(self) -> list[str]:
         return [s.name for s in self._guarded if self._parameters[s.name].dtype in _NARROW]
@@ -448,6 +493,13 @@ class PEGP(Guard):
 
     def _notes(self) -> list[str]:
         notes = []
+        loosened = [
+            n
+            for n, old in self._held.items()
+            if not torch.equal(self._parameters[n].detach(), old.to(self._parameters[n].dtype))
+        ]
+        if loosened:
+            notes.append(f"{len(loosened)} held tensors have moved after the last step (the first: {loosened[0]})")
         if self.tasks and self.unprotected == "allow":
             loose = [n for n in unprotected(self._attached(), self._sites) if n in self._known]
             if loose:

@@ -7,8 +7,9 @@ Every site is a trainable matrix that multiplies its features from one side, ``y
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,11 @@ class Site:
     Attributes:
         name: Qualified name of the parameter.
         kind: ``"lora_A"``, ``"lora_B"`` or ``"linear"``.
-        module: Qualified name of the module whose first input is the feature.
+        module: Qualified name of the module that multiplies by the matrix; its first input is the feature.
         dim: Feature dimension.
         transposed: True when features run along the first axis (``Conv1D`` of GPT-2).
+        outer: Module whose input stands for that of ``module``, if any: PEFT hands every ``A`` a cast copy of its own
+            where dtypes differ, and the layer around it still shows that query, key and value share their input.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Site:
     module: str
     dim: int
     transposed: bool = False
+    outer: str = ""
 
     def view(self, tensor: Tensor) -> Tensor:
         """``tensor`` with features along the last axis; shares its storage."""
@@ -57,7 +61,8 @@ def find_sites(model: nn.Module, known: Mapping[str, str] | None = None) -> list
 
     Args:
         model: Any module; LoRA layers of PEFT are recognised, every other trainable ``nn.Linear`` or ``Conv1D`` is a
-            linear site.
+            linear site. A weight that several modules hold (tied to an embedding, say) or that is computed (weight
+            norm) is none: features of one module are not all that it multiplies.
         known: Names of sites that a memory already holds; they are found even when frozen.
 
     Returns:
@@ -67,6 +72,12 @@ def find_sites(model: nn.Module, known: Mapping[str, str] | None = None) -> list
         GuardError: For LoRA variants (DoRA and others), whose output is not linear in ``A`` and ``B`` alone.
     """
     wanted = set(known or ())
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+    def alone(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return weight is not None and uses[id(weight)] == 1
+
     sites: list[Site] = []
     lora_parts: set[str] = set()
     for raw, module in model.named_modules():
@@ -77,9 +88,9 @@ def find_sites(model: nn.Module, known: Mapping[str, str] | None = None) -> list
                 for adapter, linear in getattr(module, factor).items():
                     part = f"{inside}{factor}.{adapter}"
                     lora_parts.add(part)
-                    if not isinstance(linear, nn.Linear) or not (
-                        linear.weight.requires_grad or f"{part}.weight" in wanted
-                    ):
+                    if not isinstance(linear, nn.Linear) or not alone(linear):
+                        continue
+                    if not linear.weight.requires_grad and f"{part}.weight" not in wanted:
                         continue
                     if adapter in getattr(module, "lora_variant", {}):
                         variant = type(module.lora_variant[adapter]).__name__
@@ -87,10 +98,9 @@ def find_sites(model: nn.Module, known: Mapping[str, str] | None = None) -> list
                             f"{name} uses the LoRA variant {variant}; its output is not linear in A and B alone, so "
                             "no condition on them protects it. Use plain LoRA (for DoRA: use_dora=False)"
                         )
-                    sites.append(
-                        Site(f"{part}.weight", factor, name if factor == "lora_A" else part, linear.in_features)
-                    )
-        elif isinstance(module, nn.Linear | Conv1D) and name not in lora_parts:
+                    outer = name if factor == "lora_A" else ""
+                    sites.append(Site(f"{part}.weight", factor, part, linear.in_features, outer=outer))
+        elif isinstance(module, nn.Linear | Conv1D) and name not in lora_parts and alone(module):
             weight = f"{name}.weight" if name else "weight"
             if module.weight.requires_grad or weight in wanted:
                 transposed = isinstance(module, Conv1D)
@@ -105,31 +115,52 @@ def unprotected(model: nn.Module, sites: list[Site]) -> list[str]:
     return [n for n in names if n not in covered]
 
 
+Key = tuple[object, ...]
+
+
 class capture:
-    """While open, hands the features of every site's module to ``sink(module_name, features)``.
+    """While open, hands the features of every site to ``sink(site, features, key)``.
+
+    Equal keys mean the very same numbers, as long as the features of both are kept alive.
 
     Args:
         model: The model that the sites were found in.
-        modules: Names of the modules to listen to.
-        sink: Called in the forward pass with the module's first input, detached.
+        sites: Sites to listen to.
+        sink: Called in the forward pass, whenever the site's matrix is used, with its features, detached.
     """
 
-    def __init__(self, model: nn.Module, modules: set[str], sink: Callable[[str, Tensor], None]) -> None:
-        self._model, self._modules, self._sink = model, modules, sink
+    def __init__(self, model: nn.Module, sites: Sequence[Site], sink: Callable[[Site, Tensor, Key], None]) -> None:
+        self._model, self._sink = model, sink
+        self._inner = {site.module: site for site in sites}
+        self._outer = {site.outer for site in sites} - {""}
+        self._latest: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+        self._eager: Any = contextlib.nullcontext()
 
     def __enter__(self) -> capture:
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in self._model.modules()):
+            self._eager = torch.compiler.set_stance("force_eager")  # a compiled graph calls no hook that came later
+        self._eager.__enter__()
         for raw, module in self._model.named_modules():
             name = original_name(raw + ".").removesuffix(".") if raw else ""
-            if name in self._modules:
+            if name in self._inner or name in self._outer:
                 self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(first, Tensor):
-                self._sink(name, first.detach())
+            if not isinstance(first, Tensor):
+                return
+            if name in self._outer:
+                self._latest[name] = first
+            if name in self._inner:
+                site = self._inner[name]
+                features = self._latest.get(site.outer, first)
+                # the version counts changes in place: nn.ReLU(inplace=True) leaves other numbers at the same address
+                version = 0 if features.is_inference() else features._version
+                place = (features.data_ptr(), tuple(features.shape), features.stride(), features.dtype)
+                self._sink(site, features.detach(), (*place, version))
 
         return hook
 
@@ -137,13 +168,15 @@ class capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._latest.clear()
+        self._eager.__exit__(*exception)
 
 
 def group_by_input(model: nn.Module, sites: list[Site], batch: Any) -> list[list[Site]]:
-    """Group sites that always see the very same input, so that they share one basis.
+    """Group sites that see the very same input, so that they share one basis.
 
-    One forward pass is watched; sites belong together when every call gave their modules the same memory. Query, key
-    and value projections of one attention block are the usual case.
+    One forward pass is watched; sites belong together when every call gave them the same memory in the same state.
+    Query, key and value projections of one attention block are the usual case.
 
     Args:
         model: The model.
@@ -151,14 +184,19 @@ def group_by_input(model: nn.Module, sites: list[Site], batch: Any) -> list[list
         batch: What the model is run on, once.
 
     Returns:
-        Groups in order of first appearance. A module that was never called forms a group of its own.
+        Groups in order of first appearance. A matrix that was never used forms a group of its own.
     """
-    seen: dict[str, list[Tensor]] = defaultdict(list)  # holding the tensors keeps their addresses from being reused
-    with torch.no_grad(), capture(model, {s.module for s in sites}, lambda name, x: seen[name].append(x)):
+    seen: dict[str, list[Key]] = defaultdict(list)
+    alive: list[Tensor] = []  # holding the tensors keeps their addresses from being reused
+
+    def sink(site: Site, features: Tensor, key: Key) -> None:
+        seen[site.name].append(key)
+        alive.append(features)
+
+    with torch.no_grad(), capture(model, sites, sink):
         run_model(model, batch)
-    groups: dict[tuple[object, ...], list[Site]] = {}
+    groups: dict[Key, list[Site]] = {}
     for site in sites:
-        calls = seen.get(site.module, [])
-        key: tuple[object, ...] = tuple((x.data_ptr(), tuple(x.shape), x.stride(), x.dtype) for x in calls)
-        groups.setdefault((site.dim, key) if key else (site.name,), []).append(site)
+        calls = tuple(seen.get(site.name, ()))
+        groups.setdefault((site.dim, calls) if calls else (site.name,), []).append(site)
     return list(groups.values())

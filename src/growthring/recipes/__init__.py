@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .build import build, build_stream, run
 from .config import RunConfig, config_schema, load_config, parse_config
 from .demo import demo_runs
 from .methods import METHODS, Method, get_method
+from .runner import build, build_stream, run
 
 __all__ = [
     "METHODS",

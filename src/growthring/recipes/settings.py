@@ -194,7 +194,7 @@ class GuardSettings(Section):
         "(lora_A, lora_B, linear), a schedule {start, end, tasks} in place of any number, or auto (chosen on "
         "validation data at the first task boundary). Default: that of the method.",
     )
-    samples: int = Field(default=512, ge=1, description="Inputs whose features are collected at the end of a task.")
+    samples: int = Field(default=256, ge=1, description="Inputs whose features are collected at the end of a task.")
     probes: int = Field(
         default=8, ge=0, description="Inputs of each task kept to measure how far outputs drift; 0 keeps none."
     )

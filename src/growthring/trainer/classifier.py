@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from growthring._io import write_json, write_with
 
+from .models import hidden_states
+
 __all__ = [
     "HEADS",
     "POOLINGS",
@@ -88,13 +90,14 @@ class LabelTextHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, d)`` features to ``(batch, classes)`` logits."""
-        return F.normalize(features, dim=-1) @ self.vectors.T * self.scale
+        return F.normalize(features.to(self.vectors.dtype), dim=-1) @ self.vectors.T * self.scale
 
 
 class LinearHead(nn.Module):
     """One linear head that grows by a block of rows whenever a task brings new classes.
 
-    A block trains while a task has one of its classes, and rests otherwise. Rows of classes that no task has brought
+    A block trains while a task has one of its classes, and rests otherwise. (In a training block, rows of classes that
+    the task does not have get no gradient; weight decay still shrinks them.) Rows of classes that no task has brought
     yet are fixed small random numbers: their accuracy is that of chance, as it should be.
 
     Args:
@@ -125,6 +128,7 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, d)`` features to ``(batch, classes)`` logits."""
+        features = features.to(self.initial.dtype)
         logits = features @ self.initial.T
         for block, members in zip(self.blocks, self.members, strict=True):
             index = torch.tensor(members, device=logits.device)
@@ -162,8 +166,7 @@ class TextClassifier(nn.Module):
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features ``(batch, d)``."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return pool(hidden, attention_mask, self.pooling)
+        return pool(hidden_states(self.encoder, input_ids, attention_mask), attention_mask, self.pooling)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, task_ids: Tensor | None = None

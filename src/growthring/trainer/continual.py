@@ -10,24 +10,31 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from growthring.errors import ConfigError, GuardError, nearest
-from growthring.evaluation import BASE_ROW, AccuracyMatrix, accuracy, confusion, macro_f1
+from growthring.evaluation import BASE_ROW
 from growthring.guards import PEGP, Certificate, Guard
 from growthring.streams import TaskStream
 
 from .classifier import HEADS, POOLINGS, LabelTextHead, LinearHead, Pooling, TextClassifier, find_pooling, pool
 from .data import Collator, EncodedSplit, balanced_batches, encode_stream, evaluation_batches
+from .folder import check_config, check_folder, describe_tasks, resolved_config, save_model
 from .logs import Bars, RunLog, StepCallback
-from .models import freeze_all_but, load_encoder
+from .models import adapt, hidden_states, load_encoder, usable_length
 from .result import RunResult
+from .scoring import Scorer, Tables
+from .steps import Budget, StreamTrainer, bit_sums, check_arguments, task_arguments
 
 __all__ = ["ContinualTrainer"]
 
 logger = logging.getLogger(__name__)
+
+MAX_SEED = 4_000_000
+"""Largest seed: every task has one of its own, and numpy takes 32 bits."""
 
 
 class ContinualTrainer:
@@ -105,59 +112,78 @@ class ContinualTrainer:
             raise ConfigError(
                 "joint=True trains on all tasks at once: there is no earlier task to guard; drop the guards"
             )
-        if total_steps is not None and total_steps < len(stream):
-            raise ConfigError(f"total_steps={total_steps} leaves less than one step for each of {len(stream)} tasks")
-        for name in steps or {}:
-            stream.index(name)
-        self.stream, self.guards, self.joint = stream, list(guards), joint
-        self.args = copy.deepcopy(args) if args is not None else TrainingArguments(learning_rate=1e-3, report_to=[])
+        if tensorboard and output_dir is None:
+            raise ConfigError("tensorboard=True writes into the run folder: give output_dir")
+        if args is None:
+            args = TrainingArguments(learning_rate=1e-3, logging_steps=10, report_to=[])
+        check_arguments(args)
+        self.args = copy.deepcopy(args)
         self.seed = self.args.seed if seed is None else seed
-        self.optimizer, self.steps, self.total_steps = optimizer, dict(steps or {}), total_steps
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed={self.seed}: it must be between 0 and {MAX_SEED}")
+        self.stream, self.guards, self.joint, self.optimizer = stream, list(guards), joint, optimizer
         self.method, self.title = method, title or method
         self.folder = Path(output_dir) if output_dir is not None else None
-        self.evaluate_validation, self.evaluate_test = evaluate_validation, evaluate_test
-        self.eval_batch_size, self.tensorboard, self.progress = eval_batch_size, tensorboard, progress
-        self.callbacks, self.config = list(callbacks), dict(config or {})
+        self.tensorboard, self.progress, self.callbacks = tensorboard, progress, list(callbacks)
+        self._splits = ["test"] * evaluate_test + ["validation"] * evaluate_validation
+        self._budget = Budget(stream, self.args, steps, total_steps)
+        self._notes: list[str] = []
+        self._fitted = False
         set_seed(self.seed)
         encoder, self.tokenizer, source = load_encoder(model, tokenizer)
+        check_folder(self.folder, source)
+        max_length = usable_length(encoder, self.tokenizer, max_length)
         self._collate = Collator(self._pad_id())
         self._data = encode_stream(stream, self.tokenizer, max_length)
         how = find_pooling(source) if pooling == "auto" else cast(Pooling, pooling)
+        self.config = check_config(config or {}) or resolved_config(
+            method, adapter, head, how, max_length, self.args, self._budget.by_task, optimizer, self.guards
+        )
         self.device = self.args.device
         encoder = encoder.to(self.device)
         built = self._head(head, encoder, how, max_length)
-        encoder = self._adapt(encoder, adapter)
+        set_seed(self.seed)  # the adapter's first weights do not depend on the kind of head
+        encoder = adapt(encoder, adapter)
         self.model = TextClassifier(
             encoder, built, how, [stream.class_ids(i) for i in range(len(stream))], len(stream.classes)
         )
         self.model.to(self.device)
-        self._check_trainable(head)
+        self._scorer = Scorer(self.model, stream, self._data, self._collate, eval_batch_size)
+        self._check_trainable()
 
     # --- running ------------------------------------------------------------------------------------------------
 
     def fit(self) -> RunResult:
-        """Learn the whole stream.
+        """Learn the whole stream, once.
 
         Returns:
             The matrix, the certificates and everything measured; also written to the run folder, if there is one.
+
+        Raises:
+            ConfigError: If this trainer was run before: its model is no longer untouched.
+            NumericalError: If the loss or a weight stops being a number.
         """
+        if self._fitted:
+            raise ConfigError("this ContinualTrainer was run already; make a new one, with a fresh model")
+        self._fitted = True
         start = time.perf_counter()
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
         names = [task.name for task in self.stream]
-        tables = {split: (AccuracyMatrix(names), AccuracyMatrix(names)) for split in self._splits()}
-        certificates: list[Certificate] = []
-        rows: list[dict[str, Any]] = []
-        log = RunLog(self.folder, self.tensorboard)
         rounds = [list(range(len(names)))] if self.joint else [[i] for i in range(len(names))]
+        tables = Tables(names, self._splits)
+        certificates: list[Certificate] = []
+        timings: list[dict[str, Any]] = []
+        log = self._open_folder()
         try:
             with Bars(len(rounds), self.title, self.progress) as bars:
-                self._fill_row(tables, BASE_ROW, 0, log, bars, 0)
+                self._prepare(rounds[0])
+                for guard in self.guards:
+                    guard.attach(self.model)  # a guard that cannot work says so before anything is computed
+                tables.add_row(BASE_ROW, 0, self._scorer, log, bars, 0)
                 done = 0
                 for number, members in enumerate(rounds):
                     name = "joint" if self.joint else names[number]
                     spent: dict[str, Any] = {"name": name}
-                    if number == 1:
+                    if number == 1 and any(_undecided(g) for g in self.guards):
                         spent["tune_seconds"] = self._tune_guards(log, bars)
                     clock = time.perf_counter()
                     taken = self._train(members, name, log, bars, done)
@@ -167,31 +193,33 @@ class ContinualTrainer:
                     certificates += self._consolidate(number, name, log, bars)
                     spent["consolidate_seconds"] = time.perf_counter() - clock
                     clock = time.perf_counter()
-                    self._fill_row(tables, name, members[-1] + 1, log, bars, done)
+                    tables.add_row(name, members[-1] + 1, self._scorer, log, bars, done)
                     spent["evaluate_seconds"] = time.perf_counter() - clock
-                    rows.append(spent)
+                    timings.append(spent)
                     bars.task_done()
         finally:
             log.close()
-        test = tables.get("test") or (AccuracyMatrix(names), AccuracyMatrix(names))
+            self.model.eval()
         result = RunResult(
-            name=self.folder.name if self.folder else self.method,
+            name=self.folder.resolve().name if self.folder else self.method,
             method=self.method,
             title=self.title,
             scenario=self.stream.scenario,
             seed=self.seed,
-            tasks=self._describe_tasks(),
-            matrix=test[0],
-            macro_f1=test[1],
-            validation=tables["validation"][0] if "validation" in tables else None,
+            tasks=describe_tasks(self.stream),
+            matrix=tables.accuracy("test"),
+            macro_f1=tables.macro_f1("test"),
+            validation=tables.accuracy("validation") if "validation" in self._splits else None,
             certificates=certificates,
-            timings={"total_seconds": time.perf_counter() - start, "tasks": rows},
-            config=self._resolved(),
+            timings={"total_seconds": time.perf_counter() - start, "tasks": timings},
+            config=self.config,
             seeds={"everything": self.seed, "stream": self.stream.seed},
             folder=self.folder,
+            notes=self._notes,
         )
         if self.folder is not None:
-            self._save(result)
+            save_model(self.folder, self.model, self.tokenizer, self.stream, self.guards)
+            result.save(self.folder / "results.json")
         return result
 
     def predict(
@@ -204,24 +232,11 @@ class ContinualTrainer:
             split: ``"train"``, ``"validation"`` or ``"test"``.
             seen: Tasks learned so far; decides the candidates in class-incremental streams. Default: all.
             batch_size: Examples at once; it does not change the answer.
+
+        Raises:
+            ConfigError: There is no such split.
         """
-        data = self._data[task_index][split]
-        candidates = torch.tensor(
-            self.stream.candidates(task_index, len(self.stream) if seen is None else seen), device=self.device
-        )
-        predicted = [0] * len(data)
-        was = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            for rows, batch in evaluation_batches(data, batch_size or self.eval_batch_size, self._collate):
-                logits = self.model(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))[
-                    "logits"
-                ]
-                best = candidates[logits[:, candidates].argmax(-1)]
-                for row, label in zip(rows, best.tolist(), strict=True):
-                    predicted[row] = label
-        self.model.train(was)
-        return predicted
+        return self._scorer.predict(task_index, split, len(self.stream) if seen is None else seen, batch_size)
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -241,30 +256,17 @@ class ContinualTrainer:
         vectors: list[Tensor] = [torch.empty(0)] * len(tokens)
         encoder.eval()
         with torch.no_grad():
-            for rows, batch in evaluation_batches(split, self.eval_batch_size, self._collate):
+            for rows, batch in evaluation_batches(split, 64, self._collate):
                 mask = batch["attention_mask"].to(self.device)
-                hidden = encoder(input_ids=batch["input_ids"].to(self.device), attention_mask=mask).last_hidden_state
-                unit = nn.functional.normalize(pool(hidden, mask, pooling).float(), dim=-1)
-                for row, vector in zip(rows, unit, strict=True):
+                hidden = hidden_states(encoder, batch["input_ids"].to(self.device), mask)
+                for row, vector in zip(rows, F.normalize(pool(hidden, mask, pooling).float(), dim=-1), strict=True):
                     vectors[row] = vector
         return LabelTextHead(torch.stack(vectors))
 
-    def _adapt(self, encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
-        if isinstance(adapter, PeftConfig):
-            if isinstance(encoder, PeftModel):
-                raise ConfigError("the model already has an adapter; give adapter=None to train that one")
-            rank = getattr(adapter, "r", None)
-            width = int(getattr(encoder.config, "hidden_size", 0))
-            if isinstance(rank, int) and width and rank > width:
-                raise ConfigError(f"adapter rank {rank} is larger than the model's width {width}; choose r <= {width}")
-            return get_peft_model(encoder, adapter)
-        if adapter is not None:
-            freeze_all_but(encoder, adapter)
-        return encoder
-
-    def _check_trainable(self, head: str) -> None:
+    def _check_trainable(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if not trainable and head == "label-text":
+        probing = isinstance(self.model.head, LinearHead) and not isinstance(self.model.encoder, PeftModel)
+        if not trainable and not probing:
             raise GuardError(
                 "nothing is trainable: give adapter=LoraConfig(...), adapter='linear' or a model with parameters that "
                 "require gradients (a PEFT model loaded for inference needs is_trainable=True)"
@@ -273,70 +275,63 @@ class ContinualTrainer:
         total = sum(p.numel() for p in self.model.parameters())
         logger.info("training %d of %d parameters in %d tensors", count, total, len(trainable))
 
+    def _open_folder(self) -> RunLog:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "results.json").unlink(missing_ok=True)  # those of an earlier run, whose log goes too
+        return RunLog(self.folder, self.tensorboard)
+
     # --- one task -----------------------------------------------------------------------------------------------
 
-    def _arguments(self, members: Sequence[int], seed: int) -> TrainingArguments:
-        args = copy.deepcopy(self.args)
-        args.seed, args.data_seed = seed, seed
-        args.save_strategy, args.eval_strategy, args.report_to = "no", "no", []
-        args.disable_tqdm, args.remove_unused_columns, args.label_names = True, False, ["labels"]
-        args.dataloader_pin_memory = args.dataloader_pin_memory and self.device.type == "cuda"
-        if self.folder is not None:
-            args.output_dir = str(self.folder)
-        budgets = [self._budget(i) for i in members]
-        if all(b is not None for b in budgets):
-            args.max_steps = sum(b for b in budgets if b is not None)
-        elif args.max_steps > 0:
-            args.max_steps *= len(members)
-        return args
+    def _prepare(self, members: Sequence[int]) -> None:
+        """Let the head have rows for the classes of some tasks, and train those."""
+        self.model.head.begin([c for i in members for c in self.stream.class_ids(i)])
 
-    def _budget(self, index: int) -> int | None:
-        if self.stream[index].name in self.steps:
-            return self.steps[self.stream[index].name]
-        if self.total_steps is not None:
-            share, rest = divmod(self.total_steps, len(self.stream))
-            return share + (index < rest)
-        return None
-
-    def _train(self, members: Sequence[int], name: str, log: RunLog, bars: Bars, done: int) -> int:
+    def _train(
+        self, members: Sequence[int], name: str, log: RunLog, bars: Bars, done: int, trial: bool = False
+    ) -> int:
         """Train on the given tasks; returns the number of optimizer steps."""
         index = members[-1]
         seed = self.seed * 1000 + index
-        set_seed(seed)  # the head's new rows are drawn here
-        self.model.head.begin([c for i in members for c in self.stream.class_ids(i)])
-        before = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        if not before:
-            raise GuardError(f"task {name!r}: no parameter is trainable")
+        set_seed(seed)
+        self._prepare(members)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        before = dict(zip(trained, bit_sums(trained.values()), strict=True))
         data = EncodedSplit.join([self._data[i]["train"] for i in members])
-        trainer = _StreamTrainer(
+        max_steps = self._budget.max_steps(members, [len(self._data[i]["train"]) for i in members])
+        trainer = StreamTrainer(
+            task=name,
             guards=self.guards,
             model=self.model,
-            args=self._arguments(members, seed),
+            args=task_arguments(self.args, seed, max_steps, self.folder, self.optimizer),
             train_dataset=data,
             data_collator=self._collate,
             optimizer_cls_and_kwargs=self.optimizer,
             callbacks=[
                 *(g.callback() for g in self.guards),
                 StepCallback(log, bars, name, index, done),
-                *self.callbacks,
+                *([] if trial else self.callbacks),
             ],
         )
-        trainer.remove_callback(PrinterCallback)  # the run's own log keeps these lines
-        bars.task(name, trainer.planned_steps(data))
-        trainer.train()
-        taken = int(trainer.state.global_step)
-        if all(torch.equal(p, before[n]) for n, p in self.model.named_parameters() if n in before):
-            self._complain_unchanged(name, taken)
+        bars.task(name, self._budget.planned(max_steps, len(data)))
+        taken = trainer.run()
+        after = dict(zip(trained, bit_sums(trained.values()), strict=True))
+        self._check_changed({n for n in trained if before[n] != after[n]}, set(trained), name, taken)
         return taken
 
-    def _complain_unchanged(self, name: str, steps: int) -> None:
+    def _check_changed(self, changed: set[str], trained: set[str], name: str, steps: int) -> None:
+        encoder = {n for n in trained if n.startswith("encoder.")}
+        if changed & encoder or (changed and not encoder):
+            return
         if any(isinstance(g, PEGP) and g.exhausted() for g in self.guards):
             logger.warning("task %r changed nothing: no free direction is left", name)
-            return
-        raise GuardError(
-            f"task {name!r} took {steps} steps and no weight changed: the learning rate may be 0, or the trained part "
-            "may not be used in the forward pass"
-        )
+        elif changed:
+            logger.warning("task %r changed the head and nothing in the encoder, although parts of it train", name)
+        else:
+            raise GuardError(
+                f"task {name!r} took {steps} steps and no weight changed: the learning rate may be 0, or the trained "
+                "part may not be used in the forward pass"
+            )
 
     def _consolidate(self, number: int, name: str, log: RunLog, bars: Bars) -> list[Certificate]:
         certificates = []
@@ -354,122 +349,27 @@ class ContinualTrainer:
     def _tune_guards(self, log: RunLog, bars: Bars) -> float:
         """At the first boundary, let guards with ``energy='auto'`` try the second task; returns the seconds taken."""
         clock = time.perf_counter()
-        start = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self._prepare([1])  # before the copy: the head's rows for the second task start from scratch in every trial
+        kept = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        kept |= {n: b.detach().clone() for n, b in self.model.named_buffers()}
 
         def trial(candidate: object) -> float:
-            quiet = RunLog(None)
-            self._train([1], f"{self.stream[1].name}: trying", quiet, bars, 0)
-            score = (self._score(0, "validation", 2)[0] + self._score(1, "validation", 2)[0]) / 2
+            self._train([1], f"{self.stream[1].name}: trying", RunLog(None), bars, 0, trial=True)
+            score = sum(self._scorer.score(i, "validation", 2)[0] for i in (0, 1)) / 2
             log.write("trial", candidate=str(candidate), validation_accuracy=score)
             with torch.no_grad():
-                for n, p in self.model.named_parameters():
-                    p.copy_(start[n]) if n in start else None
+                for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+                    if name in kept:
+                        tensor.copy_(kept[name])
             return score
 
         for guard in self.guards:
-            if isinstance(guard, PEGP) and guard.energy == "auto":
-                logger.info("energy chosen on validation data: %s", guard.tune(trial))
+            if isinstance(guard, PEGP) and _undecided(guard):
+                chosen = f"{guard.name}: energy chosen on validation data: {guard.tune(trial)}"
+                logger.info(chosen)
+                self._notes.append(chosen)
         return time.perf_counter() - clock
 
-    # --- scoring ------------------------------------------------------------------------------------------------
 
-    def _splits(self) -> list[str]:
-        return ["test"] * self.evaluate_test + ["validation"] * self.evaluate_validation
-
-    def _score(self, task_index: int, split: str, seen: int) -> tuple[float, float]:
-        counts = confusion(
-            self._data[task_index][split].labels, self.predict(task_index, split, seen=seen), len(self.stream.classes)
-        )
-        return accuracy(counts), macro_f1(counts)
-
-    def _fill_row(
-        self,
-        tables: Mapping[str, tuple[AccuracyMatrix, AccuracyMatrix]],
-        name: str,
-        seen: int,
-        log: RunLog,
-        bars: Bars,
-        step: int,
-    ) -> None:
-        for split, (accuracies, f1s) in tables.items():
-            bars.task(f"{name}: scoring", len(self.stream))
-            scores = []
-            for index in range(len(self.stream)):
-                scores.append(self._score(index, split, seen))
-                bars.step()
-            accuracies.append_row(name, [s[0] for s in scores])
-            f1s.append_row(name, [s[1] for s in scores])
-            log.write("row", split=split, row=name, accuracy=[s[0] for s in scores], macro_f1=[s[1] for s in scores])
-            log.scalars({f"{split}/{t.name}": s[0] for t, s in zip(self.stream, scores, strict=True)}, step)
-
-    # --- writing ------------------------------------------------------------------------------------------------
-
-    def _describe_tasks(self) -> list[dict[str, Any]]:
-        return [
-            {"name": t.name, "labels": list(t.labels), **{split: len(rows) for split, rows in t.splits().items()}}
-            for t in self.stream
-        ]
-
-    def _resolved(self) -> dict[str, Any]:
-        if self.config:
-            return self.config
-        kept = (
-            "learning_rate",
-            "weight_decay",
-            "max_steps",
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "optim",
-        )
-        values = {k: getattr(self.args, k) for k in kept}
-        return {
-            "method": self.method,
-            "train": {
-                k: str(getattr(v, "value", v)) if not isinstance(v, int | float) else v for k, v in values.items()
-            },
-        }
-
-    def _save(self, result: RunResult) -> None:
-        assert self.folder is not None
-        if isinstance(self.model.encoder, PeftModel):
-            self.model.encoder.save_pretrained(str(self.folder / "adapter"))
-        elif isinstance(self.model.encoder, PreTrainedModel):
-            self.model.encoder.save_pretrained(str(self.folder / "model"))
-            self.tokenizer.save_pretrained(str(self.folder / "model"))
-        classes = [{"key": c.key, "label": c.label, "text": c.text} for c in self.stream.classes]
-        self.model.save_head(self.folder, classes)
-        for guard in self.guards:
-            if isinstance(guard, PEGP):
-                guard.save_pretrained(self.folder / "memory")
-        result.save(self.folder / "results.json")
-
-
-class _StreamTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that adds guards' loss terms and refuses an empty optimizer."""
-
-    def __init__(self, *, guards: Sequence[Guard], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._guards = [g for g in guards if type(g).loss is not Guard.loss]
-
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        for guard in self._guards:
-            term = guard.loss(outputs, inputs)
-            if term is not None:
-                loss = loss + term
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
-            raise GuardError("the optimizer has no trainable parameter; every weight would stay as it is")
-        return optimizer
-
-    def planned_steps(self, data: EncodedSplit) -> int:
-        """Optimizer steps this run will take on one process."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        batches = -(-len(data) // self.args.train_batch_size)
-        return int(max(1, -(-batches // self.args.gradient_accumulation_steps)) * self.args.num_train_epochs)
+def _undecided(guard: Guard) -> bool:
+    return isinstance(guard, PEGP) and guard.energy == "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
-        self._file = (folder / "log.jsonl").open("w", encoding="utf-8") if folder is not None else None
         self._board: Any = None
         if tensorboard and folder is not None:
             try:
@@ -37,11 +37,13 @@ class RunLog:
                     "TensorBoard logs need the package tensorboard: pip install 'growthring[tracking]'"
                 ) from error
             self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._file = (folder / "log.jsonl").open("w", encoding="utf-8") if folder is not None else None
 
     def write(self, event: str, **values: Any) -> None:
-        """One line of JSON."""
+        """One line of JSON; a number that is none (mixed precision skips such steps) becomes ``null``."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+            kept = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps({"event": event, **kept}, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
     def scalars(self, values: dict[str, float], step: int) -> None:

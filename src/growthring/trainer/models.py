@@ -1,27 +1,45 @@
-"""Loading an encoder, and choosing which of its weights train."""
+"""Loading an encoder, choosing which of its weights train, and reading features from it."""
 
 from __future__ import annotations
 
+import copy
+import logging
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from growthring.errors import ConfigError, nearest
 
-__all__ = ["TRAINABLE", "freeze_all_but", "load_encoder"]
+__all__ = ["TRAINABLE", "adapt", "freeze_all_but", "hidden_states", "load_encoder", "usable_length"]
+
+logger = logging.getLogger(__name__)
 
 TRAINABLE = ("linear", "full")
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def load_encoder(model: nn.Module | str | Path, tokenizer: Any = None) -> tuple[nn.Module, Any, Path | None]:
     """Load what is not loaded yet.
 
-    A model with a classification head of its own is taken without it (``base_model``); growthring brings the head. An
-    unused pooler is dropped: it would get no gradient.
+    A model loaded by name is in float32, whatever its file holds: half-precision weights round small updates away. A
+    model with a classification head of its own is taken without it (``base_model``); growthring brings the head. A
+    pooler stays as it is and does not train: features are pooled from the last hidden state.
 
     Args:
         model: An encoder, a PEFT model, a folder, or a hub name. Code from a hub is never run.
@@ -33,14 +51,13 @@ def load_encoder(model: nn.Module | str | Path, tokenizer: Any = None) -> tuple[
     Raises:
         ConfigError: If a name can be loaded neither locally nor from the hub, or no tokenizer can be found.
     """
-    source = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if isinstance(model, nn.Module):
+        source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
         encoder = model
     else:
-        if isinstance(model, Path) and not model.is_dir():
-            raise ConfigError(f"model: there is no folder {str(model)!r}")
+        source = _place(model)
         try:
-            encoder = AutoModel.from_pretrained(str(model))
+            encoder = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {str(model)!r} could not be loaded: it is no folder with a config.json, and the hub gave "
@@ -48,17 +65,71 @@ def load_encoder(model: nn.Module | str | Path, tokenizer: Any = None) -> tuple[
             ) from error
     if not isinstance(encoder, PeftModel):
         encoder = getattr(encoder, "base_model", encoder)
-        if isinstance(getattr(encoder, "pooler", None), nn.Module):
-            encoder.pooler = None
-    if tokenizer is None:
-        if not source:
-            raise ConfigError("give tokenizer=: the model does not say where it was loaded from")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"no tokenizer could be loaded from {str(source)!r}; give tokenizer=") from error
+        _rest_pooler(encoder)
     folder = Path(source) if source and Path(source).is_dir() else None
-    return encoder, tokenizer, folder
+    return encoder, _tokenizer(source, folder) if tokenizer is None else tokenizer, folder
+
+
+def _place(model: str | Path) -> str:
+    """A folder's path, or a hub name; what can only be a path is not asked of the hub."""
+    place = Path(model).expanduser()
+    looks_local = isinstance(model, Path) or place.is_absolute() or str(model).startswith(".") or len(place.parts) > 2
+    if looks_local and not place.is_dir():
+        raise ConfigError(f"model: there is no folder {str(model)!r}")
+    return str(place) if place.is_dir() else str(model)
+
+
+def _tokenizer(source: str, folder: Path | None) -> Any:
+    if not source:
+        raise ConfigError("give tokenizer=: the model does not say where it was loaded from")
+    # without such a file some classes come up with an empty vocabulary, and every word would be unknown
+    if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"the folder {str(folder)!r} holds no tokenizer (no tokenizer.json or the like); give tokenizer="
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer could be loaded from {source!r}; give tokenizer=") from error
+
+
+def usable_length(encoder: nn.Module, tokenizer: Any, asked: int) -> int:
+    """``asked`` tokens, or fewer where the model has no positions for them."""
+    limits = (getattr(encoder.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    length = min([asked, *(n for n in limits if isinstance(n, int) and n > 0)])
+    if length < asked:
+        logger.info("texts are cut at %d tokens, which is what the model can hold; max_length=%d", length, asked)
+    return length
+
+
+def adapt(encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
+    """Make what should train trainable.
+
+    Args:
+        encoder: The encoder, changed in place.
+        adapter: A PEFT config (not changed), ``"linear"``, ``"full"``, or ``None`` to leave everything as it is.
+
+    Returns:
+        The encoder, wrapped where ``adapter`` is a PEFT config.
+
+    Raises:
+        ConfigError: If there is an adapter already, a name is unknown, or the rank is larger than the width.
+    """
+    if not isinstance(adapter, PeftConfig):
+        if adapter is not None:
+            freeze_all_but(encoder, adapter)
+        return encoder
+    if isinstance(encoder, PeftModel):
+        raise ConfigError("the model already has an adapter; give adapter=None to train that one")
+    rank, width = getattr(adapter, "r", None), int(getattr(encoder.config, "hidden_size", 0))
+    if isinstance(rank, int) and 0 < width < rank:
+        raise ConfigError(f"adapter rank {rank} is larger than the model's width {width}; choose r <= {width}")
+    adapter = copy.deepcopy(adapter)
+    _exclude_pooler(encoder, adapter)
+    with warnings.catch_warnings():
+        # peft asks transformers for this property under its old name; nothing a user of ours could change
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        return get_peft_model(encoder, adapter)
 
 
 def freeze_all_but(encoder: nn.Module, part: str) -> None:
@@ -66,19 +137,55 @@ def freeze_all_but(encoder: nn.Module, part: str) -> None:
 
     Args:
         encoder: The encoder, changed in place.
-        part: ``"linear"``: weights (not biases) of every linear layer; ``"full"``: every parameter.
+        part: ``"linear"``: weights (not biases) of every linear layer; ``"full"``: every parameter. Of an unused
+            pooler nothing.
 
     Raises:
         ConfigError: On another name, or if the encoder has no such parameter.
     """
     if part not in TRAINABLE:
-        raise ConfigError(f"adapter={part!r}: give a PEFT config, or {nearest(part, TRAINABLE)}")
-    if part == "full":
-        encoder.requires_grad_(True)
+        raise ConfigError(f"adapter={part!r}: give a PEFT config, or {nearest(str(part), TRAINABLE)}")
+    encoder.requires_grad_(part == "full")
+    if part == "linear":
+        found = [m for m in encoder.modules() if isinstance(m, nn.Linear | Conv1D)]
+        if not found:
+            raise ConfigError("adapter='linear': the model has no linear layer")
+        for module in found:
+            module.weight.requires_grad_(True)
+    _rest_pooler(encoder)
+
+
+def hidden_states(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last hidden state ``(batch, tokens, d)``, in float32 at least.
+
+    Raises:
+        ConfigError: If the model gives none.
+    """
+    hidden = getattr(encoder(input_ids=input_ids, attention_mask=attention_mask), "last_hidden_state", None)
+    if hidden is None:
+        raise ConfigError(
+            f"the outputs of {type(encoder).__name__} have no last_hidden_state; give an encoder (AutoModel), not a "
+            "model with a head of its own"
+        )
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _rest_pooler(encoder: nn.Module) -> None:
+    pooler = getattr(encoder, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
+def _exclude_pooler(encoder: nn.Module, adapter: PeftConfig) -> None:
+    """Say in the adapter's config that an unused pooler has no adapter, so that stock PEFT makes none on loading."""
+    pooler = getattr(encoder, "pooler", None)
+    if not isinstance(pooler, nn.Module) or not hasattr(adapter, "exclude_modules"):
         return
-    encoder.requires_grad_(False)
-    found = [m for m in encoder.modules() if isinstance(m, nn.Linear | Conv1D)]
-    if not found:
-        raise ConfigError("adapter='linear': the model has no linear layer")
-    for module in found:
-        module.weight.requires_grad_(True)
+    names = [n for n, m in encoder.named_modules() if n.split(".")[0] == "pooler" and isinstance(m, nn.Linear)]
+    given = adapter.exclude_modules
+    if not names:
+        return
+    if isinstance(given, str):
+        adapter.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, names)])
+    else:
+        adapter.exclude_modules = sorted({*(given or ()), *names})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,29 +97,29 @@ def build(
         guards = [PEGP(guard.energy, samples=guard.samples, probes=guard.probes, unprotected=guard.unprotected)]
     args = _arguments(config.train, config.seed, Path(output_dir) if output_dir is not None else None)
     model = str(demo_encoder_path()) if config.model == "demo:minilm" else config.model
-    with _named_modules(config.adapter, model):
-        return ContinualTrainer(
-            model,
-            stream,
-            adapter=_lora(config.adapter) if config.adapter is not None else method.adapter,
-            guards=guards,
-            args=args,
-            head=config.head,
-            pooling=config.pooling,
-            max_length=config.max_length,
-            steps=config.train.steps,
-            total_steps=config.train.total_steps,
-            joint=method.joint,
-            seed=config.seed,
-            output_dir=output_dir,
-            method=method.name,
-            title=config.title,
-            evaluate_validation=evaluate_validation,
-            evaluate_test=evaluate_test,
-            tensorboard=config.tensorboard,
-            progress=progress,
-            config=config.resolved(),
-        )
+    _check_modules(config.adapter, model)
+    return ContinualTrainer(
+        model,
+        stream,
+        adapter=_lora(config.adapter) if config.adapter is not None else method.adapter,
+        guards=guards,
+        args=args,
+        head=config.head,
+        pooling=config.pooling,
+        max_length=config.max_length,
+        steps=config.train.steps,
+        total_steps=config.train.total_steps,
+        joint=method.joint,
+        seed=config.seed,
+        output_dir=output_dir,
+        method=method.name,
+        title=config.title,
+        evaluate_validation=evaluate_validation,
+        evaluate_test=evaluate_test,
+        tensorboard=config.tensorboard,
+        progress=progress,
+        config=config.resolved(),
+    )
 
 
 def run(
@@ -265,27 +263,28 @@ def _arguments(train: TrainSettings, seed: int, folder: Path | None) -> Training
     )
 
 
-@contextmanager
-def _named_modules(settings: LoraSettings | None, model: str) -> Iterator[None]:
-    """Turn PEFT's complaint about names it cannot find into one that offers those it could."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, ConfigError) or settings is None or "arget module" not in str(error):
-            raise
-        wanted = [settings.target_modules] if isinstance(settings.target_modules, str) else settings.target_modules
-        names = _linear_names(model)
-        unknown = [name for name in wanted if name not in names] or wanted
-        tips = "; ".join(f"{name!r}: {nearest(name, names)}" for name in unknown)
-        raise ConfigError(f"adapter.target_modules: not found in the model: {tips}") from error
+def _check_modules(settings: LoraSettings | None, model: str) -> None:
+    """Refuse names that match no linear layer: PEFT ignores them as long as one other name matches."""
+    if settings is None or isinstance(settings.target_modules, str):
+        return
+    names = _linear_names(model)
+    for wanted in settings.target_modules:
+        if names and not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            near = nearest(wanted, {name.split(".")[-1] for name in names})
+            raise ConfigError(f"adapter.target_modules: the model has no linear layer {wanted!r}; {near}")
 
 
-def _linear_names(model: str) -> Sequence[str]:
-    """Last names of the linear layers of a model; its weights are not loaded."""
+def _linear_names(model: str) -> list[str]:
+    """Names of the linear layers of a model, whose weights are not loaded; none if it cannot be read."""
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModel
+    from transformers.pytorch_utils import Conv1D
 
+    try:
+        settings = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):  # the trainer says so, with what to do
+        return []
     with torch.device("meta"):
-        empty: Any = AutoModel.from_config(AutoConfig.from_pretrained(model))
-    return sorted({name.split(".")[-1] for name, module in empty.named_modules() if isinstance(module, nn.Linear)})
+        empty: Any = AutoModel.from_config(settings)
+    return [name for name, module in empty.named_modules() if isinstance(module, nn.Linear | Conv1D)]

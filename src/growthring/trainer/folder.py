@@ -1,0 +1,133 @@
+"""What a run leaves behind: the model in formats that load anywhere, and what was asked for."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from growthring.errors import ConfigError
+from growthring.guards import PEGP, Guard
+from growthring.streams import TaskStream
+
+from .classifier import TextClassifier
+from .steps import Optimizer
+
+__all__ = ["check_config", "check_folder", "describe_tasks", "resolved_config", "save_model"]
+
+_ARGUMENTS = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "bf16",
+    "fp16",
+)
+_ADAPTER = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
+
+
+def check_folder(folder: Path | None, source: Path | None) -> None:
+    """Refuse a run folder that cannot be one, or whose model would land on the one that the run starts from.
+
+    Raises:
+        ConfigError: In both cases.
+    """
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {str(folder)!r} is a file; give a folder")
+    if source is not None and source.resolve() in ((folder / "model").resolve(), (folder / "adapter").resolve()):
+        raise ConfigError(
+            f"output_dir={str(folder)!r} would write the trained model over {str(source)!r}, which it starts from; "
+            "choose another folder"
+        )
+
+
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` as it was given.
+
+    Raises:
+        ConfigError: If JSON cannot hold it; better now than when the results are written.
+    """
+    try:
+        json.dumps(dict(config), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config goes into results.json and must hold plain values: {error}") from error
+    return dict(config)
+
+
+def resolved_config(
+    method: str,
+    adapter: PeftConfig | str | None,
+    head: str,
+    pooling: str,
+    max_length: int,
+    args: TrainingArguments,
+    steps: Mapping[str, int],
+    optimizer: Optimizer | None,
+    guards: Sequence[Guard],
+) -> dict[str, Any]:
+    """The settings of a run that was put together in Python, as plain values."""
+    train = {key: _plain(getattr(args, key)) for key in _ARGUMENTS}
+    train["steps"] = dict(steps)
+    if optimizer is not None:
+        train["optim"] = {"class": optimizer[0].__qualname__, **_plain(optimizer[1])}
+    if isinstance(adapter, PeftConfig):
+        kept = {key: getattr(adapter, key) for key in _ADAPTER if hasattr(adapter, key)}
+        adapter = _plain(kept)
+    return {
+        "method": method,
+        "adapter": adapter,
+        "head": head,
+        "pooling": pooling,
+        "max_length": max_length,
+        "guards": [{"name": g.name, **(_plain(g.settings()) if isinstance(g, PEGP) else {})} for g in guards],
+        "train": train,
+    }
+
+
+def describe_tasks(stream: TaskStream) -> list[dict[str, Any]]:
+    """Name, labels and sizes of the splits of every task."""
+    return [
+        {"name": t.name, "labels": list(t.labels), **{split: len(rows) for split, rows in t.splits().items()}}
+        for t in stream
+    ]
+
+
+def save_model(
+    folder: Path, model: TextClassifier, tokenizer: Any, stream: TaskStream, guards: Sequence[Guard]
+) -> None:
+    """Write the adapter (stock PEFT) or the encoder (stock transformers), the head, and the guards' memory."""
+    if isinstance(model.encoder, PeftModel):
+        model.encoder.save_pretrained(str(folder / "adapter"))
+    elif isinstance(model.encoder, PreTrainedModel):
+        model.encoder.save_pretrained(str(folder / "model"))
+        tokenizer.save_pretrained(str(folder / "model"))
+    model.save_head(folder, [{"key": c.key, "label": c.label, "text": c.text} for c in stream.classes])
+    for guard in guards:
+        if isinstance(guard, PEGP):
+            guard.save_pretrained(folder / "memory")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

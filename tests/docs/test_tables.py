@@ -1,0 +1,194 @@
+"""``benchmarks/tables.py``: what stands in README and docs is what the stored JSON says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {"cores": 2, "threads": 1, "processor": "x86_64", "versions": {"torch": "9.9.9"}}
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+def run(name: str, seed: int, last: float, *, guarded: bool = False, joint: bool = False) -> dict[str, Any]:
+    """A run as ``demo_seeds.py`` stores it."""
+    leak = 2e-7 * (seed + 1) if guarded else None
+    certificate = {"leak": leak, "energy": 0.96, "output_change": 0.01 * (seed + 1), "free": 30, "dims": 40, "held": 7}
+    defined = {"bwt": -0.1, "fwt": 0.05, "forgetting": 0.1, "learning_accuracy": 0.9}
+    return {
+        "name": name,
+        "method": name,
+        "title": f"Title of {name}",
+        "seed": seed,
+        "rows": ["untouched", "a", "b"],
+        "matrix": [[0.2, 0.4], [0.8, 0.5], [last, last]],
+        "metrics": {"aa": last, **(dict.fromkeys(defined) if joint else defined)},
+        "timings": {"total_seconds": 10.0 + seed},
+        "tasks": [{"name": "a"}, {"name": "b"}],
+        "config": {},
+        "worst_leak": leak,
+        "certificates": [certificate] if guarded else [],
+    }
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """One file of each kind, as the scripts write them."""
+    runs = [
+        *(run("sequential-lora-usual", seed, 0.70 + 0.02 * seed) for seed in range(3)),
+        *(run("pegp", seed, 0.80, guarded=True) for seed in range(3)),
+        run("joint", 0, 0.9, joint=True),
+    ]
+    setting = {"method": "pegp", "learning_rate": 3e-3, "energy": {"lora_A": 0.95, "lora_B": 0.9}}
+    score = {"validation_aa": 0.75, "validation_learning_accuracy": 0.8, "seconds": 5.0}
+    tried = [{**setting, **score}, {**setting, "learning_rate": 1e-3, **score, "validation_aa": 0.5}]
+    tried.append({"method": "joint", "learning_rate": 2e-3, **score, "validation_learning_accuracy": None})
+    chosen = {"pegp": {k: setting[k] for k in ("learning_rate", "energy")}, "joint": {"learning_rate": 2e-3}}
+    finder = {"shape": [384, 384], "rank": 8, "method": "warm", "milliseconds": 0.5}
+    growth = {"dim": 384, "moment_and_growth_ms": 20.0, "svd_ms": 200.0, "svd_over_this": 10.0}
+    step = {
+        "adapter": "lora",
+        "energy": 0.95,
+        "batch_tokens": 512,
+        "protected_share": 0.3,
+        "plain_step_ms": 100.0,
+        "guarded_step_ms": 102.0,
+        "step_overhead": 0.021,
+        "consolidation_seconds": 0.4,
+        "consolidation_in_steps": 4.0,
+        "task_steps_for_5_percent": 80,
+    }
+    return {
+        "demo_seeds.json": {"machine": MACHINE, "runs": runs},
+        "demo_sweep.json": {"machine": MACHINE, "seed": 100, "sizes": {}, "runs": tried, "chosen": chosen},
+        "kernels.json": {
+            "machine": MACHINE,
+            "range_finders": [{**finder, "svd_over_this": 40.0, "energy_over_optimum": 0.999}],
+            "bank": {"full_rank": {"loop_ms": 80.0, "bank_ms": 40.0}, "lora": {"loop_ms": 4.0, "bank_ms": 1.0}},
+            "growth": [growth],
+        },
+        "step_overhead.json": {
+            "machine": MACHINE,
+            "rows": [step, {**step, "adapter": "linear", "batch_tokens": 1024}],
+        },
+    }
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A copy of the pages, with results of every kind."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for name, value in stored().items():
+        (results / name).write_text(json.dumps(value), encoding="utf-8")
+    return tmp_path
+
+
+def test_pages_of_this_repository_are_up_to_date(tables: ModuleType) -> None:
+    assert tables.main(["--check"]) == 0, "run python benchmarks/tables.py"
+
+
+def test_check_sees_what_is_stale_and_writing_settles_it(tables: ModuleType, repository: Path) -> None:
+    root = ["--root", str(repository)]
+    before = (repository / "README.md").read_text(encoding="utf-8")
+    assert tables.main(["--check", *root]) == 1
+    assert (repository / "README.md").read_text(encoding="utf-8") == before, "a check writes nothing"
+    assert tables.main(root) == 0
+    first = {p: p.read_bytes() for p in repository.rglob("*") if p.is_file()}
+    assert tables.main(["--check", *root]) == 0
+    assert tables.main(root) == 0
+    assert {p: p.read_bytes() for p in repository.rglob("*") if p.is_file()} == first
+    readme = repository / "README.md"
+    readme.write_text(readme.read_text(encoding="utf-8").replace("72.0 ± 2.0", "99.0 ± 0.0"), encoding="utf-8")
+    assert tables.main(["--check", *root]) == 1
+    assert tables.main(root) == 0
+    assert readme.read_bytes() == first[readme]
+
+
+def test_words_around_a_table_stay(tables: ModuleType, repository: Path) -> None:
+    def outside(text: str) -> str:
+        return tables.REGION.sub("", text)
+
+    before = outside((repository / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    tables.main(["--root", str(repository)])
+    assert outside((repository / "docs" / "benchmarks.md").read_text(encoding="utf-8")) == before
+
+
+def test_demo_table(tables: ModuleType, repository: Path) -> None:
+    lines = tables.demo(tables.Stored(repository)).splitlines()
+    assert lines[2] == (
+        "| Title of sequential-lora-usual | 72.0 ± 2.0 | 90.0 ± 0.0 | −10.0 ± 0.0 | +10.0 ± 0.0 | +5.0 ± 0.0 | – | 11 |"
+    )
+    assert lines[3].endswith("| 6e-07 | 11 |"), "the worst leak over the seeds"
+    assert lines[4] == "| Title of joint | 90.0 | – | – | – | – | – | 10 |", "what is not defined is a dash"
+    assert "seeds 0, 1, 2" in lines[-1]
+    assert "`python benchmarks/demo_seeds.py`" in lines[-1]
+    assert "2 cores, 1 threads, x86_64; torch 9.9.9" in lines[-1]
+
+
+def test_sweep_marks_what_was_chosen(tables: ModuleType, repository: Path) -> None:
+    text = tables.sweep(tables.Stored(repository))
+    marked = [line for line in text.splitlines() if "**best**" in line]
+    assert [line.split(" | ")[2] for line in marked] == ["**0.003**", "**0.002**"]
+    assert "| pegp | lora_A 0.95, lora_B 0.9 | 0.001 | 50.0 | 80.0 |  |" in text
+    assert "other settings" not in text
+
+
+def test_sweep_says_when_the_demo_uses_other_settings(tables: ModuleType, repository: Path) -> None:
+    packaged = repository / "src" / "growthring" / "recipes" / "demo_settings.json"
+    packaged.parent.mkdir(parents=True)
+    packaged.write_text(json.dumps({"joint": {"learning_rate": 5e-3}}), encoding="utf-8")
+    assert "other settings for joint" in tables.sweep(tables.Stored(repository))
+
+
+def test_claims_follow_the_files(tables: ModuleType, repository: Path) -> None:
+    text = tables.claims(tables.Stored(repository))
+    assert "| worst 6e-07 in 3 runs |" in text
+    assert text.count("worst 2.1 %") == 2
+    assert "not measured yet" not in text
+
+
+@pytest.mark.parametrize("name", ["demo_seeds.json", "demo_sweep.json", "kernels.json", "step_overhead.json"])
+def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:
+    (repository / "benchmarks" / "results" / name).unlink()
+    tables.main(["--root", str(repository)])
+    script = name.replace(".json", ".py")
+    page = (repository / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"*not measured yet: run `python benchmarks/{script}`*" in page
+    assert "not measured yet" in tables.claims(tables.Stored(repository))
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- table: demmo -->\n<!-- end -->\n", "<!-- table: demo -->\nno end\n", "<!-- table: demo -->"]
+)
+def test_a_broken_region_is_an_error(tables: ModuleType, repository: Path, text: str) -> None:
+    (repository / "docs" / "index.md").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"index\.md"):
+        tables.main(["--check", "--root", str(repository)])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_figure_is_svg_that_loads_nothing(tables: ModuleType, repository: Path, measured: bool) -> None:
+    if not measured:
+        (repository / "benchmarks" / "results" / "demo_seeds.json").unlink()
+    tables.main(["--root", str(repository)])
+    text = (repository / tables.FIGURE).read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    words = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "href" not in text
+    assert "url(" not in text
+    assert ("72.0" in words and "Title of pegp" in words) is measured
+    assert any("not measured yet" in (word or "") for word in words) is not measured
