@@ -161,3 +161,64 @@ def test_bucket_groups_what_one_kernel_can_take():
     assert list(groups.values()) == [[0, 2], [1, 4], [3]]
     assert next(iter(groups)) == ((2, 3), torch.float32, torch.device("cpu"))
     assert bucket([]) == {}
+
+
+def _spaces_of_every_kind(dim: int, dtype: torch.dtype) -> list[Subspace]:
+    generator = torch.Generator().manual_seed(5)
+    spaces = []
+    for rank in (0, 3, dim // 4, dim - 5, dim):
+        columns = torch.randn(dim, rank, generator=generator, dtype=torch.float64)
+        spaces.append(Subspace(dim, columns, dtype=dtype) if rank else Subspace(dim, dtype=dtype))
+    return spaces
+
+
+@pytest.mark.parametrize("rows", [4, 300], ids=["stacked", "in-place"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("basis", "weights", "tolerance"),
+    [
+        (torch.float32, torch.float32, 2e-6),
+        (torch.float64, torch.float64, 1e-13),
+        (torch.float32, torch.float64, 2e-6),
+    ],
+)
+def test_updates_are_rejected_and_anchors_stay(
+    rows: int, transposed: bool, basis: torch.dtype, weights: torch.dtype, tolerance: float
+) -> None:
+    dim = 256
+    spaces = _spaces_of_every_kind(dim, basis)
+    shape = (dim, rows) if transposed else (rows, dim)
+    owners = [torch.nn.Parameter(torch.randn(shape, dtype=weights)) for _ in spaces]
+    anchors = [torch.randn(shape, dtype=weights) for _ in spaces]
+    before = [a.clone() for a in anchors]
+    expected = [
+        a.double() + s.clone().reject((p.detach() - a).double().mT if transposed else (p.detach() - a).double()).mT
+        if transposed
+        else a.double() + s.reject((p.detach() - a).double())
+        for p, a, s in zip(owners, anchors, spaces, strict=True)
+    ]
+    views = [p.mT if transposed else p for p in owners]
+    starts = [a.mT if transposed else a for a in anchors]
+    SubspaceBank(spaces, [(rows, dim)] * len(spaces)).reject_updates_(views, starts)
+    for owner, anchor, kept, wanted, space in zip(owners, anchors, before, expected, spaces, strict=True):
+        assert torch.equal(anchor, kept)
+        torch.testing.assert_close(owner.detach().double(), wanted, rtol=0, atol=tolerance * 10)
+        if space.free == 0:
+            assert torch.equal(owner.detach(), anchor)
+
+
+def test_large_matrices_are_not_copied_into_the_bank() -> None:
+    space = Subspace(256, torch.randn(256, 20))
+    bank = SubspaceBank([space] * 3, [(300, 256)] * 3)
+    assert all(basis.data_ptr() == space.stored.data_ptr() for _, basis, _ in bank._large)
+    assert not bank._blocks
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_half_precision_matrices_are_updated_in_their_own_dtype(rows: int) -> None:
+    space = Subspace(256, torch.randn(256, 20))
+    matrix, anchor = torch.randn(rows, 256).bfloat16(), torch.randn(rows, 256)
+    wanted = (anchor + space.reject(matrix.float() - anchor)).bfloat16()
+    SubspaceBank([space], [(rows, 256)]).reject_updates_([matrix], [anchor])
+    assert matrix.dtype == torch.bfloat16
+    torch.testing.assert_close(matrix.float(), wanted.float(), rtol=1e-2, atol=1e-2)

@@ -247,7 +247,7 @@ class Subspace:
             return Growth(0, self.dim, 0, 1.0, energy)
         values, vectors = source.residual_spectrum(self)
         captured = max(0.0, 1.0 - float(values.sum() + self._lost(source)) / source.trace)
-        usable = int((values > self._noise_floor(source)).sum())
+        usable = int((values > self._noise_floor(source, everything=rank is not None or energy == 1.0)).sum())
         if rank is not None:
             added = min(rank, usable)
         elif energy == 1.0:
@@ -266,13 +266,21 @@ class Subspace:
             return 0.0
         return max(0.0, source.trace - float(source.factor().square().sum()))
 
-    def _noise_floor(self, source: SecondMoment) -> float:
-        """Energy below which a residual direction is rounding noise: of the basis, the products or the solver."""
+    def _noise_floor(self, source: SecondMoment, *, everything: bool) -> float:
+        """Energy below which a residual direction is rounding noise: of the basis, the products or the solver.
+
+        Products of ``"gram"`` err by ``eps * trace`` in practice and by ``d * eps * top`` at worst. Where everything
+        above noise is asked for the worst case counts, so that no noise is protected; a threshold stops by itself,
+        and cutting a long flat tail at the worst case would keep it from being reached.
+        """
         size = max(self.dim, 16)
-        basis = (8 * torch.finfo(self.dtype).eps) ** 2
-        solver = (size * torch.finfo(torch.float64).eps) ** 2
-        products = size * torch.finfo(source.products).eps if source.form == "gram" else 0.0
-        return max(basis, solver, products) * source.top()
+        top = source.top()
+        basis = (8 * torch.finfo(self.dtype).eps) ** 2 * top
+        solver = (size * torch.finfo(torch.float64).eps) ** 2 * top
+        if source.form != "gram":
+            return max(basis, solver)
+        eps = torch.finfo(source.products).eps
+        return max(basis, solver, size * eps * top if everything else 4 * eps * source.trace)
 
     @staticmethod
     def _smallest(values: Tensor, captured: float, energy: float, trace: float) -> int:

@@ -221,12 +221,13 @@ class SecondMoment:
             return sigma.square(), right.mT.contiguous()
         free = None if subspace is None or subspace.rank == 0 else subspace.free_basis()
         if self.form == "gram":
-            core = self.matrix()
-            if free is not None:
-                free = free.to(core)
-                core = free.T @ core @ free
-            values, vectors = torch.linalg.eigh(core)
-            values, vectors = values.flip(0).clamp_min_(0), vectors.flip(1)
+            core = self.matrix().to(self.products)  # float32 products carry no more, and it halves the time
+            with full_precision(core.device):
+                if free is not None:
+                    part = free.to(core)
+                    core = part.T @ core @ part
+                values, vectors = torch.linalg.eigh(core)
+            values, vectors = values.double().flip(0).clamp_min_(0), vectors.double().flip(1)
         else:
             factor = self.factor()
             if free is not None:
