@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, LEFT, RIGHT, TOP, ROW = 860, 300, 40, 92, 34
+WIDTH, LEFT, RIGHT, TOP, ROW = 880, 345, 40, 92, 34
 # A panel of its own colour: readable on light and on dark pages.
-PANEL, INK, PALE, PLAIN, GUARDED, BOUND = "#fbfbf8", "#22272e", "#8b939c", "#c2572b", "#1f6f5c", "#4a5f8a"
+PANEL, INK, PALE, PLAIN, GUARDED, BOUND = "#fbfbf8", "#22272e", "#6b737c", "#c2572b", "#1f6f5c", "#4a5f8a"
 
 
 def figure(data: Mapping[str, Any] | None, command: str) -> str:
@@ -75,8 +75,8 @@ def _row(group: Sequence[Mapping[str, Any]], y: float, x: Any) -> list[str]:
 
 def _legend(left: float, y: float) -> str:
     ring = f'<circle cx="{left + 6:g}" cy="{y - 4:g}" r="5" fill="{PANEL}" stroke="{INK}" stroke-width="2"/>'
-    dot = f'<circle cx="{left + 262:g}" cy="{y - 4:g}" r="6" fill="{INK}"/>'
-    words = _text(left + 18, y, "each task right after it was learned", 13) + _text(left + 275, y, "at the end", 13)
+    dot = f'<circle cx="{left + 270:g}" cy="{y - 4:g}" r="6" fill="{INK}"/>'
+    words = _text(left + 18, y, "each task right after it was learned", 13) + _text(left + 283, y, "at the end", 13)
     kinds = ((PLAIN, "unguarded", 390), (GUARDED, "guarded", 496), (BOUND, "all tasks at once", 590))
     boxes = "".join(
         f'<rect x="{left + at:g}" y="{y - 10:g}" width="11" height="11" fill="{colour}"/>'
@@ -119,9 +119,9 @@ def _line(
 
 def _page(height: float, title: str, parts: Sequence[str]) -> str:
     lines = "\n".join(parts)
+    size = f'viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}"'
+    panel = f'x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1:g}" rx="8" fill="{PANEL}" stroke="#d7d9d2"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
-        f'role="img" aria-label="{escape(title)}" font-family="system-ui, sans-serif">\n<title>{escape(title)}</title>\n'
-        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1:g}" rx="8" fill="{PANEL}" stroke="#d7d9d2"/>\n'
-        f"{lines}\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}" '
+        f'font-family="system-ui, sans-serif">\n<title>{escape(title)}</title>\n<rect {panel}/>\n{lines}\n</svg>\n'
     )

@@ -22,8 +22,12 @@ DEMO_RUNS: Mapping[str, tuple[str, str]] = {
 """Method and title of each run, by the run's name, in the order in which they run."""
 
 
+_SHARED = ("batch_size", "epochs", "weight_decay", "schedule", "warmup")
+"""Training settings that all runs share, where the settings name them."""
+
+
 def demo_settings() -> dict[str, Any]:
-    """The packaged settings: rows, batch size, length and epochs for all runs; learning rate and energy of each."""
+    """The packaged settings: data and training of all runs; learning rate and energy of each."""
     text = resources.files(__package__).joinpath("demo_settings.json").read_text(encoding="utf-8")
     settings: dict[str, Any] = json.loads(text)
     return settings
@@ -52,7 +56,7 @@ def demo_runs(
             "method": method,
             "title": title,
             "stream": {"source": "demo", **rows},
-            "train": {"batch_size": found["batch_size"], "epochs": found["epochs"], **own},
+            "train": {**{name: found[name] for name in _SHARED if name in found}, **own},
             "max_length": found["max_length"],
             "seed": seed,
             "threads": threads,
