@@ -1,4 +1,4 @@
-"""For mkdocstrings: docstrings are written with Sphinx roles, pages in Markdown; a role becomes its name in code type."""
+"""For mkdocstrings: docstrings have Sphinx roles, pages are Markdown; a role becomes its name in code type."""
 
 from __future__ import annotations
 

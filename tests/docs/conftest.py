@@ -18,6 +18,7 @@ TEAMS = {
     "technical": "login crash error screen update button",
 }
 MOODS = {"positive": "lovely great perfect happy best wonderful", "negative": "awful broken poor sad worst boring"}
+LABEL_WORDS = "invoices payments refunds logins errors"  # the pages write label texts with them
 COMMON = "the a my is was not and it again please with this for to"
 
 
@@ -44,7 +45,7 @@ def _jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
 
 def make_encoder(folder: Path) -> None:
     """A BERT with random weights and a vocabulary that knows the words above."""
-    words = " ".join([*TEAMS.values(), *MOODS.values(), COMMON, *TEAMS, *MOODS]).split()
+    words = " ".join([*TEAMS.values(), *MOODS.values(), COMMON, LABEL_WORDS, *TEAMS, *MOODS]).split()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words)]
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")

@@ -155,7 +155,7 @@ def public() -> Iterator[tuple[str, str]]:
         if found.name.startswith("_") or found.name == "cli":
             continue
         module = importlib.import_module(f"growthring.{found.name}")
-        yield from ((module.__name__, name) for name in module.__all__)
+        yield from ((module.__name__, name) for name in getattr(module, "__all__", ()))
 
 
 def test_every_public_name_is_documented() -> None:

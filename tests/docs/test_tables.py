@@ -72,7 +72,7 @@ def stored() -> dict[str, dict[str, Any]]:
     return {
         "demo_seeds.json": {"machine": MACHINE, "runs": runs},
         "demo_sweep.json": {"machine": MACHINE, "seed": 100, "sizes": {}, "runs": tried, "chosen": chosen},
-        "kernels.json": {
+        "subspace_kernels.json": {
             "machine": MACHINE,
             "range_finders": [{**finder, "svd_over_this": 40.0, "energy_over_optimum": 0.999}],
             "bank": {"full_rank": {"loop_ms": 80.0, "bank_ms": 40.0}, "lora": {"loop_ms": 4.0, "bank_ms": 1.0}},
@@ -129,14 +129,13 @@ def test_words_around_a_table_stay(tables: ModuleType, repository: Path) -> None
 
 def test_demo_table(tables: ModuleType, repository: Path) -> None:
     lines = tables.demo(tables.Stored(repository)).splitlines()
-    assert lines[2] == (
-        "| Title of sequential-lora-usual | 72.0 ± 2.0 | 90.0 ± 0.0 | −10.0 ± 0.0 | +10.0 ± 0.0 | +5.0 ± 0.0 | – | 11 |"
-    )
+    cells = ["72.0 ± 2.0", "90.0 ± 0.0", "−10.0 ± 0.0", "+10.0 ± 0.0", "+5.0 ± 0.0", "–", "11"]
+    assert lines[2] == f"| Title of sequential-lora-usual | {' | '.join(cells)} |"
     assert lines[3].endswith("| 6e-07 | 11 |"), "the worst leak over the seeds"
     assert lines[4] == "| Title of joint | 90.0 | – | – | – | – | – | 10 |", "what is not defined is a dash"
     assert "seeds 0, 1, 2" in lines[-1]
     assert "`python benchmarks/demo_seeds.py`" in lines[-1]
-    assert "2 cores, 1 threads, x86_64; torch 9.9.9" in lines[-1]
+    assert "2 cores, 1 thread, x86_64; torch 9.9.9" in lines[-1]
 
 
 def test_sweep_marks_what_was_chosen(tables: ModuleType, repository: Path) -> None:
@@ -161,7 +160,7 @@ def test_claims_follow_the_files(tables: ModuleType, repository: Path) -> None:
     assert "not measured yet" not in text
 
 
-@pytest.mark.parametrize("name", ["demo_seeds.json", "demo_sweep.json", "kernels.json", "step_overhead.json"])
+@pytest.mark.parametrize("name", ["demo_seeds.json", "demo_sweep.json", "subspace_kernels.json", "step_overhead.json"])
 def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:
     (repository / "benchmarks" / "results" / name).unlink()
     tables.main(["--root", str(repository)])

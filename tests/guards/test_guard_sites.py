@@ -73,8 +73,8 @@ def test_features_changed_in_place_are_not_the_same_features() -> None:
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.embed(x)
             first = self.early(hidden)
-            if not hidden.requires_grad:
-                hidden.sin_()  # as nn.ReLU(inplace=True) does
+            # as nn.ReLU(inplace=True) does; autograd would object to it here
+            hidden = torch.sin(hidden) if torch.is_grad_enabled() else hidden.sin_()
             return first + self.late(hidden)
 
     model, old = InPlace(), rows(3, 20, 1)

@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 import growthring as gr
 
-FILLER = "the a of to and in is it that was for on are with as at be this have from or had by not but what".split()
+WORDS = "the a of to and in is it that was for on are with as at be this have from or had by not but what"
+FILLER = WORDS.split()
 KEYWORDS = {"animals": ("cat", "dog"), "ways": ("train", "plane"), "places": ("north", "south")}
 TEXTS = (("red", "blue"), ("one", "three"), ("good", "bad"))
 SHARED = {"cold": "cold water", "warm": "warm water"}

@@ -33,8 +33,8 @@ class LinearSchedule:
     def __post_init__(self) -> None:
         _check_number(self.start, "LinearSchedule.start")
         _check_number(self.end, "LinearSchedule.end")
-        if self.tasks < 1:
-            raise ConfigError(f"LinearSchedule.tasks is {self.tasks}; it must be at least 1")
+        if isinstance(self.tasks, bool) or not isinstance(self.tasks, int) or self.tasks < 1:
+            raise ConfigError(f"LinearSchedule.tasks is {self.tasks!r}; it must be a whole number, at least 1")
 
     def at(self, task_index: int) -> float:
         """Energy for the task at ``task_index`` (from 0)."""
@@ -101,7 +101,10 @@ def _parse_one(value: Any, where: str) -> OneEnergy:
         unknown = set(value) - {"start", "end", "tasks"}
         if unknown or set(value) != {"start", "end", "tasks"}:
             raise ConfigError(f"{where}={dict(value)}: a schedule has exactly the keys start, end and tasks")
-        return LinearSchedule(float(value["start"]), float(value["end"]), int(value["tasks"]))
+        try:
+            return LinearSchedule(value["start"], value["end"], value["tasks"])
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     _check_number(value, where)
     return float(value)
 

@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from growthring.errors import ConfigError, DataError, GuardError
-from growthring.subspace import Subspace, SubspaceBank
 
-from . import storage
+from . import marks, storage
 from .base import Certificate, Guard
 from .batches import evaluating
+from .constraint import Constraint
 from .energy import CANDIDATES, Energy, energy_for, parse_energy
-from .marks import differs, mark_of
 from .memory import EXACT_ABOVE, Collected, FeatureMemory, Probes, collect
 from .sites import Site, find_sites, original_name, unprotected
 
@@ -93,13 +92,11 @@ class PEGP(Guard):
             )
         if unprotected not in ("hold", "allow"):
             raise ConfigError(f"PEGP(unprotected={unprotected!r}): allowed are 'hold' and 'allow'")
-        if not candidates or "auto" in candidates:
-            raise ConfigError(
-                f"PEGP(candidates={tuple(candidates)}): give at least one energy to try, none of them 'auto'"
-            )
+        self.candidates = tuple(parse_energy(c) for c in candidates)
+        if not self.candidates or any(c == "auto" for c in self.candidates):
+            raise ConfigError(f"PEGP(candidates={candidates!r}): give at least one energy to try, none of them 'auto'")
         self.samples = samples
         self.unprotected = unprotected
-        self.candidates = tuple(parse_energy(c) for c in candidates)
         self.tasks: list[str] = []
         """Names of the tasks in the memory."""
         self._memory = FeatureMemory()
@@ -110,11 +107,7 @@ class PEGP(Guard):
         self._model: nn.Module | None = None
         self._sites: list[Site] = []
         self._parameters: dict[str, nn.Parameter] = {}
-        self._guarded: list[Site] = []
-        self._anchors: dict[str, Tensor] = {}
-        self._held: dict[str, Tensor] = {}
-        self._bank: SubspaceBank | None = None
-        self._begun = False
+        self._task: Constraint | None = None  # None while no task is under way
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -142,7 +135,8 @@ class PEGP(Guard):
         absent = [n for n in trainable if names[n].is_meta]
         if absent:
             raise GuardError(
-                f"PEGP: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load them first"
+                f"PEGP: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load "
+                "the weights first"
             )
         found = {s.name for s in sites}
         missing = [n for n in self._memory.site_space if n not in found]
@@ -159,7 +153,7 @@ class PEGP(Guard):
                 )
         ours = self._parameters
         if names.keys() != ours.keys() or any(p is not ours[n] for n, p in names.items()):
-            self._leave()
+            self._task = None
         self._model, self._sites, self._parameters = model, sites, names
 
     def begin_task(self, task: str | None = None) -> None:
@@ -176,38 +170,13 @@ class PEGP(Guard):
             )
         self._enter(model)
 
-    @torch.no_grad()
     def before_step(self) -> None:
         """Project the gradients of protected tensors; gradients of held ones become zero."""
-        self._ready("before_step")
-        for name in self._held:
-            gradient = self._parameters[name].grad
-            if gradient is not None:
-                gradient.zero_()
-        gradients = [self._parameters[s.name].grad for s in self._guarded]
-        present = [(s, g) for s, g in zip(self._guarded, gradients, strict=True) if g is not None]
-        if self._bank is not None and len(present) == len(gradients):
-            self._bank.reject_([s.view(g) for s, g in present])
-            return
-        for site, gradient in present:
-            space = self._memory.space(site.name)
-            assert space is not None
-            space.reject_(site.view(gradient))
+        self._under_way("before_step").trim()
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Re-project the update since the anchor: exact for any optimizer, decay, momentum or clipping."""
-        self._ready("after_step")
-        for name, anchor in self._held.items():
-            self._parameters[name].copy_(anchor)
-        if self._bank is None:
-            return
-        parameters: list[Tensor] = [self._parameters[s.name] for s in self._guarded]
-        anchors = [self._anchors[s.name] for s in self._guarded]
-        deltas = [p.to(a.dtype) - a for p, a in zip(parameters, anchors, strict=True)]
-        self._bank.reject_([s.view(d) for s, d in zip(self._guarded, deltas, strict=True)])
-        torch._foreach_add_(deltas, anchors)
-        torch._foreach_copy_(parameters, deltas)
+        self._under_way("after_step").restore()
 
     def end_task(self, task: str | None, batches: Iterable[Any]) -> Certificate:
         """Measure what was kept, then protect what this task uses.
@@ -226,8 +195,10 @@ class PEGP(Guard):
         model = self._attached()
         index = len(self.tasks)
         task = task or f"task-{index + 1}"
-        leaks, notes, held = self._leaks(), self._notes(), len(self._held)
-        if not self._begun and self._changed():
+        leaks = self._task.leaks() if self._task else {}
+        held = len(self._task.held) if self._task else 0
+        notes = self._notes()
+        if self._task is None and self._changed():
             notes.append("this task was trained without the guard: nothing was protected meanwhile")
         with evaluating(model):
             change, compared = self._probes.change(model), self._probes.inputs
@@ -241,7 +212,7 @@ class PEGP(Guard):
         self.tasks.append(task)
         self._known = {original_name(n) for n, _ in model.named_parameters()}
         self._mark()
-        self._leave()
+        self._task = None
         certificate = Certificate(
             guard=self.name,
             task=task,
@@ -359,9 +330,9 @@ class PEGP(Guard):
             "marks": dict(self._marks),
             "known": sorted(self._known),
             "probes": self._probes.state_dict(),
-            "anchors": {k: v.clone() for k, v in self._anchors.items()},
-            "held": {k: v.clone() for k, v in self._held.items()},
         }
+        if self._task is not None:
+            state["under_way"] = self._task.state_dict()
         if self._pending is not None:
             before, collected = self._pending
             state["pending"] = {"memory": before.state_dict(), "collected": collected.state_dict()}
@@ -376,10 +347,10 @@ class PEGP(Guard):
         Raises:
             GuardError: If the state needs an attached model and there is none.
         """
-        if (state["anchors"] or state["held"] or "pending" in state) and self._model is None:
+        if ("under_way" in state or "pending" in state) and self._model is None:
             raise GuardError(
-                "this state was taken inside a task (or before energy='auto' was chosen): attach(model) first, or give "
-                "load_pretrained the model"
+                "this state was taken inside a task (or before energy='auto' was chosen): attach(model) first, or "
+                "give load_pretrained the model"
             )
         self.tasks, self.energy = list(state["tasks"]), parse_energy(state["energy"])
         self._memory = FeatureMemory.from_state_dict(state["memory"])
@@ -392,14 +363,13 @@ class PEGP(Guard):
                 FeatureMemory.from_state_dict(pending["memory"]),
                 Collected.from_state_dict(pending["collected"], self._sites),
             )
-        self._leave()
+        self._task = None
         if self._model is not None:
             self.attach(self._model)
-            if state["anchors"] or state["held"]:
-                self._marks = {}  # the task is under way: its tensors have moved, and rightly so
-                self._enter(self._model)
-                self._anchors = {k: v.to(self._anchors[k].device) for k, v in state["anchors"].items()}
-                self._held = {k: v.to(self._held[k].device) for k, v in state["held"].items()}
+            if "under_way" in state:
+                remembered, self._marks = self._marks, {}  # its tensors have moved since, and rightly so
+                self._enter(self._model).load_state_dict(state["under_way"])
+                self._marks = remembered
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -408,33 +378,25 @@ class PEGP(Guard):
             raise GuardError("PEGP is not attached: call guard.attach(model), or pass guard.callback() to the Trainer")
         return self._model
 
-    def _ready(self, caller: str) -> None:
-        if not self._begun:
+    def _under_way(self, caller: str) -> Constraint:
+        if self._task is None:
             raise GuardError(f"PEGP.{caller} outside a task: call attach(model) and begin_task() first")
+        return self._task
 
-    def _leave(self) -> None:
-        """No task is under way."""
-        self._begun, self._bank = False, None
-        self._guarded, self._anchors, self._held = [], {}, {}
-
-    def _enter(self, model: nn.Module) -> None:
+    def _enter(self, model: nn.Module) -> Constraint:
         """A task is under way: anchor, hold, and stack the bases."""
-        if not self._begun:
+        if self._task is None:
             self._changed()
-        before = {**self._anchors, **self._held}
         training = [s for s in self._sites if self._parameters[s.name].requires_grad]
-        self._guarded = [s for s in training if self._memory.protects(s.name)]
-        self._anchors = {s.name: before.get(s.name, self._copy(s.name)) for s in self._guarded}
-        bare = [s.name for s in training if s.name not in self._anchors]
+        spaces = {s.name: self._memory.space(s.name) for s in training}
+        guarded = [(s, u) for s in training if (u := spaces[s.name]) is not None and u.rank]
+        covered = {s.name for s, _ in guarded}
+        bare = [s.name for s in training if s.name not in covered]
         loose = [n for n in (*unprotected(model, self._sites), *bare) if n in self._known]
-        self._held = {n: before.get(n, self._copy(n)) for n in loose} if self.unprotected == "hold" else {}
-        self._bank = None
-        if self._guarded:
-            spaces = [self._memory.spaces[self._memory.site_space[s.name]] for s in self._guarded]
-            views = [s.view(self._anchors[s.name]) for s in self._guarded]
-            self._bank = SubspaceBank(spaces, [(v.shape[0], v.shape[1]) for v in views], device=views[0].device)
-        self._begun = True
-        self._tell(loose)
+        held = loose if self.unprotected == "hold" else []
+        self._task = Constraint(self._parameters, [s for s, _ in guarded], [u for _, u in guarded], held, self._task)
+        self._tell(self._task, loose)
+        return self._task
 
     def _take(self, before: FeatureMemory, collected: Collected, energy: Energy) -> None:
         """Grow the memory of the first task anew, with another energy."""
@@ -446,23 +408,18 @@ class PEGP(Guard):
         asked = self.candidates if self.energy == "auto" else (self.energy,)
         return {s.name for s in self._sites for e in asked if energy_for(e, s.kind, index) > EXACT_ABOVE}
 
-    def _copy(self, name: str) -> Tensor:
-        value = self._parameters[name].detach()
-        return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-
-    def _seen(self) -> dict[str, tuple[Tensor, Subspace | None]]:
+    def _seen(self) -> marks.Seen:
         """Every known trainable tensor, features last, with the space that is protected of it (``None``: all)."""
         views = {s.name: s.view for s in self._sites}
         known = ((n, p) for n, p in self._parameters.items() if p.requires_grad and n in self._known)
         return {n: (views[n](p) if n in views else p, self._memory.space(n)) for n, p in known}
 
     def _mark(self) -> None:
-        self._marks = {n: mark_of(tensor, space) for n, (tensor, space) in self._seen().items()}
+        self._marks = marks.take(self._seen())
 
     def _changed(self) -> bool:
         """Warn when what old inputs see has changed since the last consolidation, outside a task."""
-        seen = self._seen()
-        moved = [n for n, mark in self._marks.items() if n in seen and differs(*seen[n], mark)]
+        moved = marks.changed(self._seen(), self._marks)
         if moved:
             warnings.warn(
                 f"PEGP: {len(moved)} protected tensors changed between consolidation and this task (the first: "
@@ -471,53 +428,44 @@ class PEGP(Guard):
             )
         return bool(moved)
 
-    def _narrow(self) -> list[str]:
-        return [s.name for s in self._guarded if self._parameters[s.name].dtype in _NARROW]
-
-    def _tell(self, loose: list[str]) -> None:
+    def _tell(self, task: Constraint, loose: list[str]) -> None:
         if not self.tasks:
             logger.info("PEGP: first task, nothing is protected yet; %d sites will be", len(self._sites))
             return
-        if self._narrow():
+        if narrow := self._narrow(task):
             warnings.warn(
-                f"PEGP: {len(self._narrow())} protected tensors are in half precision; rounding them leaks more than "
-                "1e-5. Keep trainable tensors in float32 (autocast may still compute in half precision)",
+                f"PEGP: {narrow} protected tensors are in half precision; rounding them leaks more than 1e-5. Keep "
+                "trainable tensors in float32 (autocast may still compute in half precision)",
                 stacklevel=4,
             )
         if self.exhausted():
             warnings.warn("PEGP: no free direction is left at any site; this task cannot change them", stacklevel=4)
-        logger.info("PEGP: %d sites guarded, %d tensors held", len(self._guarded), len(self._held))
+        logger.info("PEGP: %d sites guarded, %d tensors held", len(task.guarded), len(task.held))
         if loose:
             what = "held" if self.unprotected == "hold" else "left free, which the guarantee does not cover"
             logger.info("PEGP: %d trainable tensors have no condition and are %s", len(loose), what)
 
+    def _narrow(self, task: Constraint) -> int:
+        return sum(self._parameters[s.name].dtype in _NARROW for s in task.guarded)
+
     def _notes(self) -> list[str]:
         notes = []
-        loosened = [
-            n
-            for n, old in self._held.items()
-            if not torch.equal(self._parameters[n].detach(), old.to(self._parameters[n].dtype))
-        ]
-        if loosened:
-            notes.append(f"{len(loosened)} held tensors have moved after the last step (the first: {loosened[0]})")
+        if self._task and (moved := self._task.moved()):
+            notes.append(f"{len(moved)} held tensors have moved since the last step (the first: {moved[0]})")
+        if self._task and (narrow := self._narrow(self._task)):
+            notes.append(f"{narrow} tensors are kept in half precision: their leak is that of rounding")
+        elif self._task and (rounded := self._task.rounded()):
+            notes.append(
+                f"{len(rounded)} tensors moved by so little that rounding them to their dtype may leak more than 1e-5 "
+                f"of it (the first: {rounded[0]}); outputs change by rounding only"
+            )
         if self.tasks and self.unprotected == "allow":
             loose = [n for n in unprotected(self._attached(), self._sites) if n in self._known]
             if loose:
                 notes.append(f"{len(loose)} trainable tensors were left free: the guarantee does not cover them")
-        if self._narrow():
-            notes.append(f"{len(self._narrow())} tensors are kept in half precision: their leak is that of rounding")
         fresh = [n for n, p in self._parameters.items() if p.requires_grad and n not in self._known]
         if self.tasks and fresh:
             notes.append(
                 f"{len(fresh)} trainable tensors are new in this task: old inputs are covered if they do not use them"
             )
         return notes
-
-    def _leaks(self) -> dict[str, float]:
-        leaks: dict[str, float] = {}
-        for site in self._guarded:
-            space = self._memory.space(site.name)
-            assert space is not None
-            delta = self._parameters[site.name].detach().double() - self._anchors[site.name].double()
-            leaks[site.name] = space.share(site.view(delta))
-        return leaks

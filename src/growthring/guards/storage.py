@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from growthring._io import write_json, write_with
@@ -62,10 +63,11 @@ def save(folder: Path, guard: str, settings: Mapping[str, Any], state: Mapping[s
 
     tree = walk(state, "", _FILES[0])
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": _FORMAT, "format_version": str(FORMAT_VERSION)}
+    save_id = secrets.token_hex(8)  # in every file: a kill between two of them is seen on loading
+    meta = {"format": _FORMAT, "format_version": str(FORMAT_VERSION), "save_id": save_id}
     for name, tensors in files.items():
         write_with(folder / name, lambda t, tensors=tensors: save_file(tensors, t, metadata=meta))  # type: ignore[misc]
-    head = {"format": _FORMAT, "format_version": FORMAT_VERSION, "guard": guard}
+    head = {"format": _FORMAT, "format_version": FORMAT_VERSION, "guard": guard, "save_id": save_id}
     write_json(folder / "guard.json", {**head, "settings": dict(settings), "state": tree})
     return folder
 
@@ -101,7 +103,7 @@ def load(folder: Path, guard: str) -> tuple[dict[str, Any], dict[str, Any]]:
             if node["file"] not in _FILES:
                 raise ValueError(f"unknown file {node['file']!r}")
             if node["file"] not in tensors:
-                tensors[node["file"]] = load_file(folder / node["file"])
+                tensors[node["file"]] = _read(folder / node["file"], document.get("save_id"))
             return tensors[node["file"]][node["tensor"]]
         if "map" in node:
             return {k: build(v) for k, v in node["map"].items()}
@@ -111,5 +113,12 @@ def load(folder: Path, guard: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     try:
         return dict(document["settings"]), build(document["state"])
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError, SafetensorError) as error:
         raise DataError(f"the memory in {folder} is not whole: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path, save_id: str | None) -> dict[str, Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        if (file.metadata() or {}).get("save_id") != save_id:
+            raise ValueError(f"{path.name} and guard.json were not written together")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -185,6 +185,14 @@ class TextClassifier(nn.Module):
         local = logits.masked_fill(~self.allowed[task_ids], float("-inf"))
         return {"loss": F.cross_entropy(local, labels), "logits": logits}
 
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Recompute activations of the encoder in the backward pass; the Trainer calls this when asked to."""
+        self.encoder.activation_checkpointing_enable(**settings)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """The same, under the name that older Trainers call it by."""
+        self.encoder.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
+
     def save_head(self, folder: str | Path, classes: Sequence[dict[str, Any]]) -> None:
         """Write ``head.safetensors`` and ``head.json`` (class names, kind of head, pooling)."""
         folder = Path(folder)

@@ -49,7 +49,8 @@ class ContinualTrainer:
         stream: The tasks.
         adapter: A PEFT config (wrapped around the model, seeded), ``"linear"`` for all linear weights of the encoder,
             ``"full"`` for all its parameters, or ``None`` for what ``model`` already trains.
-        optimizer: ``None`` for the optimizer that ``args`` names, or ``(class, keyword arguments)``.
+        optimizer: ``None`` for the optimizer that ``args`` names, or ``(class, keyword arguments)``; learning rate and
+            weight decay are those of ``args`` where left out.
         guards: Guards, in the order in which they act.
         args: ``TrainingArguments``; one task's training. ``max_steps`` or ``num_train_epochs`` are per task.
         tokenizer: Default: that of ``model``'s name or folder.
@@ -57,7 +58,7 @@ class ContinualTrainer:
             ``"linear"``: a head that grows with the classes. Whether tasks share classes is the stream's scenario.
         pooling: ``"auto"`` (default: what the sentence encoder says, else mean), ``"mean"``, ``"cls"`` or ``"last"``.
         max_length: Tokens kept of a text; default 128.
-        steps: Optimizer steps of each task, by name; overrides ``args`` for those tasks.
+        steps: Optimizer steps of single tasks, by name; overrides ``args`` for those tasks.
         total_steps: Optimizer steps of the whole stream, shared equally over its tasks; overrides ``args``.
         joint: Train on all tasks at once instead, with the sum of their budgets: the upper bound.
         seed: Seed of data order, adapter initialisation and dropout; default ``args.seed``.
@@ -69,7 +70,7 @@ class ContinualTrainer:
         eval_batch_size: Default 64. It does not change results.
         tensorboard: Write TensorBoard event files; default False.
         progress: Draw progress bars on standard error; default False.
-        callbacks: Further ``TrainerCallback`` objects, given to every task's Trainer.
+        callbacks: Further ``TrainerCallback`` objects, given to every task's Trainer (not to trials of a guard).
         config: Recorded in the results as the resolved configuration.
 
     Raises:
@@ -252,6 +253,7 @@ class ContinualTrainer:
             return LinearHead(int(encoder.config.hidden_size), len(self.stream.classes))  # type: ignore[union-attr,arg-type]
         texts = [entry.text for entry in self.stream.classes]
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        self._check_label_tokens(tokens)
         split = EncodedSplit(tokens, [0] * len(tokens), [0] * len(tokens))
         vectors: list[Tensor] = [torch.empty(0)] * len(tokens)
         encoder.eval()
@@ -262,6 +264,18 @@ class ContinualTrainer:
                 for row, vector in zip(rows, F.normalize(pool(hidden, mask, pooling).float(), dim=-1), strict=True):
                     vectors[row] = vector
         return LabelTextHead(torch.stack(vectors))
+
+    def _check_label_tokens(self, tokens: Sequence[list[int]]) -> None:
+        """Classes of one task with the same tokens get the same vector: nothing could be learned."""
+        for index, task in enumerate(self.stream):
+            first: dict[tuple[int, ...], str] = {}
+            for label, number in zip(task.labels, self.stream.class_ids(index), strict=True):
+                other = first.setdefault(tuple(tokens[number]), label)
+                if other != label:
+                    raise ConfigError(
+                        f"task {task.name!r}: the tokenizer makes the same of the label texts of {other!r} and "
+                        f"{label!r}; give label_texts in words that it knows, or use head='linear'"
+                    )
 
     def _check_trainable(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -293,7 +307,6 @@ class ContinualTrainer:
         """Train on the given tasks; returns the number of optimizer steps."""
         index = members[-1]
         seed = self.seed * 1000 + index
-        set_seed(seed)
         self._prepare(members)
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         before = dict(zip(trained, bit_sums(trained.values()), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import tempfile
 import warnings
@@ -135,7 +136,8 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, task: str, guards: Sequence[Guard], **kwargs: Any) -> None:
         if kwargs.get("optimizer_cls_and_kwargs") is not None:  # the Trainer takes entries out of the dictionary
             cls, settings = kwargs["optimizer_cls_and_kwargs"]
-            kwargs["optimizer_cls_and_kwargs"] = (cls, dict(settings))
+            rate = {"lr": kwargs["args"].learning_rate} if "lr" in inspect.signature(cls).parameters else {}
+            kwargs["optimizer_cls_and_kwargs"] = (cls, rate | dict(settings))
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # the run's own log keeps these lines
         self._task = task
@@ -155,8 +157,8 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
         if not bool(torch.isfinite(loss.detach()).all()):
             raise NumericalError(
                 f"task {self._task!r}, step {self.state.global_step + 1}: the loss is {float(loss.detach().mean())}. "
-                f"Lower the learning rate ({self.args.learning_rate:g} now), clip gradients (max_grad_norm), or train "
-                "in float32"
+                f"Lower the learning rate ({self._get_learning_rate():g} now), clip gradients (max_grad_norm), or "
+                "train in float32"
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -179,11 +181,12 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
         """
         self.train()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("_is_accelerate_prepared", None)  # else the next task would train without the wrapper
         broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not _finite(p)]
         if broken:
             raise NumericalError(
                 f"task {self._task!r}: after step {self.state.global_step} {len(broken)} trained tensors hold NaN or "
-                f"infinity (the first: {broken[0]}). Lower the learning rate ({self.args.learning_rate:g} now) or "
+                f"infinity (the first: {broken[0]}). Lower the learning rate ({self._get_learning_rate():g} now) or "
                 "clip gradients (max_grad_norm)"
             )
         return int(self.state.global_step)
