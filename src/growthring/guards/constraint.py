@@ -69,12 +69,8 @@ class Constraint:
             self._parameters[name].copy_(anchor)
         if self._bank is None:
             return
-        parameters: list[Tensor] = [self._parameters[s.name] for s in self.guarded]
-        anchors = [self.anchors[s.name] for s in self.guarded]
-        deltas = [p.to(a.dtype) - a for p, a in zip(parameters, anchors, strict=True)]
-        self._bank.reject_([s.view(d) for s, d in zip(self.guarded, deltas, strict=True)])
-        torch._foreach_add_(deltas, anchors)
-        torch._foreach_copy_(parameters, deltas)
+        now = [s.view(self._parameters[s.name]) for s in self.guarded]
+        self._bank.reject_updates_(now, [s.view(self.anchors[s.name]) for s in self.guarded])
 
     def leaks(self) -> dict[str, float]:
         """``||P D||_F / ||D||_F`` of every guarded site's update so far, in float64."""
