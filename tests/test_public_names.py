@@ -15,7 +15,15 @@ def test_every_public_name_is_there_and_listed() -> None:
 
 
 def test_the_contract_of_the_guard() -> None:
-    for method in ("attach", "consolidate", "before_step", "after_step", "callback", "save_pretrained", "load_pretrained"):
+    for method in (
+        "attach",
+        "consolidate",
+        "before_step",
+        "after_step",
+        "callback",
+        "save_pretrained",
+        "load_pretrained",
+    ):
         assert callable(getattr(gr.PEGP, method))
 
 

@@ -105,7 +105,7 @@ def test_sentences_say_what_the_numbers_say():
         "Plain ends at 70.0 % on average; it forgot 30.0 points of what it had learned on earlier "
         "tasks, most on a (-30.0).",
         "Guarded ends at 85.0 % on average; its earlier tasks ended where they were. Its promise held: at most "
-        "2.0e-07 of any update touched what earlier tasks use.",
+        "2.0e-07 of any update touched a protected direction.",
         "Joint ends at 90.0 % on average, having seen all tasks at once.",
         "The best guarded run (Guarded) ends 15.0 points above the best unguarded one (Plain).",
         "Joint training, which sees all tasks at once, ends 5.0 points above the best run that learned them one "

@@ -170,3 +170,20 @@ def test_a_frozen_model_stops_at_the_start(tmp_path: Path) -> None:
     trainer = Trainer(model, arguments(tmp_path), train_dataset=FIRST, callbacks=[PEGP().callback()])
     with pytest.raises((GuardError, ValueError), match=r"trainable|empty parameter list"):
         trainer.train()
+
+
+class Pull(PEGP):
+    """A guard with a loss term of its own."""
+
+    def loss(self, outputs, batch):
+        return outputs["loss"] * 0
+
+
+def test_a_guard_with_a_loss_term_is_refused_by_a_plain_trainer(tmp_path: Path) -> None:
+    model = classifier()
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=FIRST, callbacks=[Pull().callback()])
+    with pytest.raises(GuardError, match="adds a term to the loss"):
+        trainer.train()
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=FIRST, callbacks=[Pull().callback(loss_added=True)])
+    trainer.train()
+    assert trainer.state.global_step > 0

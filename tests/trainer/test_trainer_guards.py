@@ -165,7 +165,7 @@ class Toy(Guard):
     def end_task(self, task, batches):
         self.calls.append(f"end {task}")
         self.examples = sum(len(b["labels"]) for b in batches)
-        return Certificate(self.name, task, 0, 0, None, 1.0, 1, 1, None, 0, 0, ())
+        return Certificate(self.name, task, 0, 0, None, None, 1.0, 1, 1, None, 0, 0, ())
 
     def state_dict(self):
         return {}

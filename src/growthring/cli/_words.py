@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["sentences"]
+from growthring.report import promise_kept
 
-LEAK_LIMIT = 1e-5
+__all__ = ["sentences"]
 
 
 def sentences(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -69,9 +69,9 @@ def _promise(run: Mapping[str, Any]) -> str:
     if not leaks:
         return ""
     worst = max(leaks)
-    if worst <= LEAK_LIMIT:
-        return f" Its promise held: at most {worst:.1e} of any update touched what earlier tasks use."
-    return f" Its promise broke: {worst:.1e} of an update touched what earlier tasks use (allowed: {LEAK_LIMIT:.0e})."
+    if all(promise_kept(c) is not False for c in run["certificates"]):
+        return f" Its promise held: at most {worst:.1e} of any update touched a protected direction."
+    return f" Its promise broke: {worst:.1e} of an update touched protected directions, more than rounding explains."
 
 
 def _compared(gap: float) -> str:

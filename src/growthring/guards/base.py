@@ -13,7 +13,10 @@ from transformers import TrainerCallback
 
 from growthring.errors import GuardError
 
-__all__ = ["Certificate", "Guard", "GuardCallback", "SiteCertificate"]
+__all__ = ["LEAK_LIMIT", "Certificate", "Guard", "GuardCallback", "SiteCertificate"]
+
+LEAK_LIMIT = 1e-5
+"""A strict guard lets no more than this share of a float32 update into what it protects."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class SiteCertificate:
         energy: Share that is protected, never below the target except where rounding noise begins.
         leak: ``||P D||_F / ||D||_F`` of this task's update ``D`` on the space that was protected while it trained;
             ``None`` when nothing was protected yet.
+        rounding: The most of ``leak`` that storing the tensor in its dtype can cause by itself,
+            ``eps / 2 * ||theta_0||_F / ||D||_F``: a tensor that hardly moves has a leak that is all rounding.
     """
 
     name: str
@@ -40,6 +45,12 @@ class SiteCertificate:
     energy_target: float
     energy: float
     leak: float | None
+    rounding: float | None
+
+    @property
+    def kept(self) -> bool:
+        """No leak beyond 1e-5, or none beyond what rounding to float32 explains."""
+        return self.leak is None or self.leak <= max(LEAK_LIMIT, min(self.rounding or 0.0, 100 * LEAK_LIMIT))
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Certificate:
         task_index: Its position in the stream, from 0.
         protected_tasks: Tasks whose knowledge was protected while this one trained.
         leak: Worst leak over the sites; ``None`` for the first task.
+        kept: The guarantee held: at every site the leak is at most 1e-5, or at most what rounding the tensor to
+            float32 causes; ``None`` for the first task.
         energy: Least captured share of this task's feature energy over the sites.
         free: Free dimensions summed over the sites.
         dims: Dimensions summed over the sites.
@@ -68,6 +81,7 @@ class Certificate:
     task_index: int
     protected_tasks: int
     leak: float | None
+    kept: bool | None
     energy: float
     free: int
     dims: int
@@ -126,9 +140,14 @@ class Guard(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
 
-    def callback(self) -> GuardCallback:
-        """A ``TrainerCallback`` that makes a plain ``transformers.Trainer`` respect this guard."""
-        return GuardCallback(self)
+    def callback(self, *, loss_added: bool = False) -> GuardCallback:
+        """A ``TrainerCallback`` that makes a plain ``transformers.Trainer`` respect this guard.
+
+        Args:
+            loss_added: The Trainer adds :meth:`loss` to its own; a plain one does not, and a guard that needs it is
+                then refused when training begins.
+        """
+        return GuardCallback(self, loss_added=loss_added)
 
 
 class GuardCallback(TrainerCallback):  # type: ignore[misc]
@@ -137,11 +156,17 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     ``on_pre_optimizer_step`` comes after clipping and unscaling, ``on_optimizer_step`` right after the step.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self.guard = guard
+    def __init__(self, guard: Guard, *, loss_added: bool = False) -> None:
+        self.guard, self._loss_added = guard, loss_added
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the model that trains and anchor it."""
+        if type(self.guard).loss is not Guard.loss and not self._loss_added:
+            raise GuardError(
+                f"the guard {self.guard.name!r} adds a term to the loss, and callbacks of a plain Trainer cannot: "
+                "train with gr.ContinualTrainer, or add guard.loss(outputs, batch) in your compute_loss and pass "
+                "guard.callback(loss_added=True)"
+            )
         model = kwargs.get("model")
         if model is None:
             raise GuardError("the Trainer gave its callbacks no model; growthring needs transformers 5.3 or newer")

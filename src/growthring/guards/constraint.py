@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,14 @@ from growthring.subspace import Subspace, SubspaceBank
 
 from .sites import Site
 
-__all__ = ["Constraint"]
+__all__ = ["Constraint", "Leak"]
+
+
+class Leak(NamedTuple):
+    """``||P D||_F / ||D||_F`` of an update ``D``, and the most that storing ``theta_0 + D`` in its dtype can cause."""
+
+    share: float
+    rounding: float
 
 
 class Constraint:
@@ -72,23 +79,16 @@ class Constraint:
         now = [s.view(self._parameters[s.name]) for s in self.guarded]
         self._bank.reject_updates_(now, [s.view(self.anchors[s.name]) for s in self.guarded])
 
-    def leaks(self) -> dict[str, float]:
-        """``||P D||_F / ||D||_F`` of every guarded site's update so far, in float64."""
-        leaks: dict[str, float] = {}
+    def leaks(self) -> dict[str, Leak]:
+        """What of every guarded site's update so far lies in its protected space, in float64."""
+        leaks: dict[str, Leak] = {}
         for site, space in zip(self.guarded, self._spaces, strict=True):
-            delta = self._parameters[site.name].detach().double() - self.anchors[site.name].double()
-            leaks[site.name] = space.share(site.view(delta))
+            parameter, anchor = self._parameters[site.name].detach(), self.anchors[site.name].double()
+            delta = parameter.double() - anchor
+            size = float(delta.norm())
+            rounding = torch.finfo(parameter.dtype).eps / 2 * float(anchor.norm()) / size if size else 0.0
+            leaks[site.name] = Leak(space.share(site.view(delta)), rounding)
         return leaks
-
-    def rounded(self) -> list[str]:
-        """Sites that moved so little that storing ``theta_0 + D`` in their dtype is a leak above 1e-5 by itself."""
-        names = []
-        for site in self.guarded:
-            parameter, anchor = self._parameters[site.name].detach().double(), self.anchors[site.name].double()
-            rounding = torch.finfo(self._parameters[site.name].dtype).eps * float(anchor.norm()) / 2
-            if 0.0 < 1e-5 * float((parameter - anchor).norm()) < rounding:
-                names.append(site.name)
-        return names
 
     def moved(self) -> list[str]:
         """Names of held tensors that are not where they are held."""

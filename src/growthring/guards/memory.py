@@ -17,6 +17,7 @@ from growthring.subspace import SecondMoment, Subspace
 
 from .base import SiteCertificate
 from .batches import head_of, mask_for, masks_apply, output_of, relative_change, run_model, size_of
+from .constraint import Leak
 from .energy import Energy, energy_for
 from .sites import Key, Site, capture, group_by_input
 
@@ -83,7 +84,7 @@ class FeatureMemory:
         return twin
 
     def grow(
-        self, collected: Collected, energy: Energy, index: int, like: Mapping[str, Tensor], leaks: Mapping[str, float]
+        self, collected: Collected, energy: Energy, index: int, like: Mapping[str, Tensor], leaks: Mapping[str, Leak]
     ) -> list[SiteCertificate]:
         """Protect what the collected features need; a group takes the highest threshold among its sites.
 
@@ -120,9 +121,11 @@ class FeatureMemory:
         certificates = []
         for site, target, captured in grown:
             space = self.spaces[self.site_space[site.name]]
-            leak = leaks.get(site.name)
+            leak, rounding = leaks.get(site.name, (None, None))
             certificates.append(
-                SiteCertificate(site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak)
+                SiteCertificate(
+                    site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak, rounding
+                )
             )
         return certificates
 

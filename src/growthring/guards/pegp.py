@@ -26,9 +26,9 @@ from torch import nn
 from growthring.errors import ConfigError, DataError, GuardError
 
 from . import marks, storage
-from .base import Certificate, Guard
+from .base import LEAK_LIMIT, Certificate, Guard
 from .batches import evaluating
-from .constraint import Constraint
+from .constraint import Constraint, Leak
 from .energy import CANDIDATES, Energy, energy_for, parse_energy
 from .memory import EXACT_ABOVE, Collected, FeatureMemory, Probes, collect
 from .sites import Site, find_sites, original_name, unprotected
@@ -197,7 +197,7 @@ class PEGP(Guard):
         task = task or f"task-{index + 1}"
         leaks = self._task.leaks() if self._task else {}
         held = len(self._task.held) if self._task else 0
-        notes = self._notes()
+        notes = self._notes(leaks)
         if self._task is None and self._changed():
             notes.append("this task was trained without the guard: nothing was protected meanwhile")
         with evaluating(model):
@@ -218,7 +218,8 @@ class PEGP(Guard):
             task=task,
             task_index=index,
             protected_tasks=index,
-            leak=max(leaks.values(), default=None) if index else None,
+            leak=max((leak.share for leak in leaks.values()), default=None) if index else None,
+            kept=all(s.kept for s in sites) if index else None,
             energy=min(s.energy for s in sites),
             free=sum(s.free for s in sites),
             dims=sum(s.dim for s in sites),
@@ -448,13 +449,13 @@ class PEGP(Guard):
     def _narrow(self, task: Constraint) -> int:
         return sum(self._parameters[s.name].dtype in _NARROW for s in task.guarded)
 
-    def _notes(self) -> list[str]:
+    def _notes(self, leaks: Mapping[str, Leak]) -> list[str]:
         notes = []
         if self._task and (moved := self._task.moved()):
             notes.append(f"{len(moved)} held tensors have moved since the last step (the first: {moved[0]})")
         if self._task and (narrow := self._narrow(self._task)):
             notes.append(f"{narrow} tensors are kept in half precision: their leak is that of rounding")
-        elif self._task and (rounded := self._task.rounded()):
+        elif rounded := [name for name, leak in leaks.items() if leak.rounding > LEAK_LIMIT]:
             notes.append(
                 f"{len(rounded)} tensors moved by so little that rounding them to their dtype may leak more than 1e-5 "
                 f"of it (the first: {rounded[0]}); outputs change by rounding only"

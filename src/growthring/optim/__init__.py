@@ -1,1 +1,1 @@
-"""Optimizers that step in gradient subspaces. Any ``torch.optim`` optimizer works with the guards; none of ours yet."""
+"""Optimizers that step in gradient subspaces. Any ``torch.optim`` optimizer works with guards; none of ours yet."""

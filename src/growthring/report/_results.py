@@ -12,8 +12,6 @@ from growthring.evaluation import AccuracyMatrix
 Results: TypeAlias = Mapping[str, Any]
 
 REQUIRED = ("method", "tasks", "rows", "matrix", "metrics")
-LEAK_LIMIT = 1e-5
-"""A guard's promise holds in float32 when no more than this share of an update touches what it protects."""
 
 
 def as_list(results: Sequence[Results] | Results) -> list[Results]:
@@ -31,6 +29,22 @@ def as_list(results: Sequence[Results] | Results) -> list[Results]:
         if absent:
             raise DataError(f"results {number} ({one.get('method', 'no method')}): missing {', '.join(absent)}")
     return many
+
+
+LEAK_LIMIT = 1e-5
+"""Where a certificate does not judge itself, a larger share of an update inside the protected space breaks it."""
+
+
+def promise_kept(certificate: Mapping[str, Any]) -> bool | None:
+    """Whether a certificate's guarantee held: the guard's own judgement, else the leak against 1e-5.
+
+    Returns:
+        ``None`` when nothing was protected yet, or the leak was not measured.
+    """
+    leak, judged = certificate.get("leak"), certificate.get("kept")
+    if leak is None:
+        return None
+    return bool(leak <= LEAK_LIMIT) if judged is None else bool(judged)
 
 
 def title_of(results: Results) -> str:

@@ -15,6 +15,7 @@ from ._results import (
     Results,
     certificates_of,
     matrix_of,
+    promise_kept,
     task_names,
     title_of,
     total_seconds,
@@ -164,14 +165,15 @@ def _verdict(one: Results) -> View:
     unmeasured = sum(bool(c.get("protected_tasks")) and c.get("leak") is None for c in certificates)
     if leak is None and not unmeasured:
         return _card(label, "nothing to protect yet", "", "the promise starts with the second task", name=True)
-    if leak is None or (unmeasured and leak <= LEAK_LIMIT):
+    kept = all(promise_kept(c) is not False for c in certificates)
+    if leak is None or (unmeasured and kept):
         note = f"the leak of {unmeasured} of {len(certificates)} certificates was not measured"
         return _card(label, "not fully measured", "", note, name=True)
     moved = f" Outputs on earlier inputs moved by at most {fmt.small(change)} of their size." if change else ""
-    if leak <= LEAK_LIMIT:
-        note = f"at most {fmt.small(leak)} of any update touched what earlier tasks use.{moved}"
+    if kept:
+        note = f"at most {fmt.small(leak)} of any update touched a protected direction.{moved}"
         return _card(label, "promise kept", "", note, tone="good", name=True)
-    note = f"{fmt.small(leak)} of an update touched what earlier tasks use; allowed: {fmt.small(LEAK_LIMIT)}.{moved}"
+    note = f"{fmt.small(leak)} of an update touched protected directions, more than rounding explains.{moved}"
     return _card(label, "promise broken", "", note, tone="bad", name=True)
 
 
@@ -219,7 +221,7 @@ def _certificate_view(certificate: Mapping[str, Any]) -> View:
     return view | {
         "task": str(certificate["task"]),
         "leak": leak,
-        "tone": "plain" if leak is None else "good" if leak <= LEAK_LIMIT else "bad",
+        "tone": {None: "plain", True: "good", False: "bad"}[promise_kept(certificate)],
         "sites": [dict(site) for site in certificate.get("sites") or []],
         "notes": [str(note) for note in certificate.get("notes") or []],
     }

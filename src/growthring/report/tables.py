@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _format as fmt
-from ._results import LEAK_LIMIT, Results, as_list, matrix_of, title_of, total_seconds, worst
+from ._results import Results, as_list, certificates_of, matrix_of, promise_kept, title_of, total_seconds, worst
 
 __all__ = ["matrix_table", "summary_table"]
 
@@ -64,6 +64,7 @@ def summary_table(results: Sequence[Results]) -> Table:
     for one in as_list(results):
         metrics = one["metrics"]
         leak = worst(one, "leak")
+        broken = any(promise_kept(c) is False for c in certificates_of(one))
         table.add_row(
             Text(title_of(one)),
             Text(fmt.percent(metrics.get("aa")), style="bold"),
@@ -74,7 +75,7 @@ def summary_table(results: Sequence[Results]) -> Table:
             fmt.duration(total_seconds(one)),
             Text(
                 fmt.DASH if leak is None else f"{leak:.1e}",
-                style="" if leak is None else "green" if leak <= LEAK_LIMIT else "red",
+                style="" if leak is None else "red" if broken else "green",
             ),
         )
     return table

@@ -321,7 +321,7 @@ class ContinualTrainer:
             data_collator=self._collate,
             optimizer_cls_and_kwargs=self.optimizer,
             callbacks=[
-                *(g.callback() for g in self.guards),
+                *(g.callback(loss_added=True) for g in self.guards),
                 StepCallback(log, bars, name, index, done),
                 *([] if trial else self.callbacks),
             ],
@@ -350,7 +350,7 @@ class ContinualTrainer:
         certificates = []
         for guard in self.guards:
             bars.task(f"{name}: consolidating", None)
-            samples = getattr(guard, "samples", 512)
+            samples = getattr(guard, "samples", 256)
             batches = balanced_batches(
                 self._data[number]["train"], samples, 32, self._collate, self.seed * 1000 + number
             )
