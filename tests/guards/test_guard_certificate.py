@@ -9,7 +9,7 @@ import torch
 from guard_helpers import answer, change, fit, lora_bert, lora_mlp, mlp, protected, rows, tokens
 
 from growthring.errors import NumericalError
-from growthring.guards import PEGP, Certificate
+from growthring.guards import PEGP, Certificate, SiteCertificate
 from growthring.guards.batches import relative_change
 
 
@@ -108,6 +108,7 @@ def test_it_is_json() -> None:
         "energy_target",
         "energy",
         "leak",
+        "rounding",
     }
     assert len(document["sites"]) == 6
 
@@ -164,3 +165,17 @@ def test_padding_rows_are_no_outputs() -> None:
     before = answer(model, old)
     assert guard.end_task(None, [tokens(3, 5, 2)]).output_change < 1e-5
     assert torch.equal(answer(model, old), before)
+
+
+def test_a_leak_that_rounding_explains_is_kept_and_a_larger_one_is_not() -> None:
+    """The verdict allows 1e-5, or what float32 storage causes, and never more than 1e-3."""
+
+    def site(leak: float | None, rounding: float | None) -> SiteCertificate:
+        return SiteCertificate("w", "linear", 8, 4, 4, 0.9, 0.95, leak, rounding)
+
+    assert site(None, None).kept
+    assert site(1e-5, 0.0).kept
+    assert site(5e-5, 6e-5).kept
+    assert not site(5e-5, 4e-5).kept
+    assert not site(5e-3, 1e-2).kept
+    assert not site(float("nan"), 0.0).kept
