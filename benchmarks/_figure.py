@@ -42,7 +42,7 @@ def figure(data: Mapping[str, Any] | None, command: str) -> str:
         parts.append(_line(x(tick), TOP - 8, x(tick), bottom, "#e3e4df", 1))
         parts.append(_text(x(tick), bottom + 20, f"{100 * tick:.0f}", 12, anchor="middle", fill=PALE))
     parts.append(_line(x(base), TOP - 8, x(base), bottom, PALE, 1.5, dash="4 4"))
-    parts.append(_text(x(base), bottom + 38, "untouched model", 12, anchor="middle", fill=PALE))
+    parts.append(_text(x(base), TOP - 14, "untouched model", 12, anchor="middle", fill=PALE))
     for number, group in enumerate(groups.values()):
         parts += _row(group, TOP + ROW * number + ROW / 2, x)
     seeds = len({run["seed"] for run in runs})
