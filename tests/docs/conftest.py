@@ -48,8 +48,7 @@ def make_encoder(folder: Path) -> None:
     words = " ".join([*TEAMS.values(), *MOODS.values(), COMMON, LABEL_WORDS, *TEAMS, *MOODS]).split()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words)]
     folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(str(folder))
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(str(folder))
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     shape["initializer_range"] = 0.3  # large enough that every layer matters, as in a trained model

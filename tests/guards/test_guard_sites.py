@@ -339,6 +339,7 @@ def test_torch_encoder_layers_show_their_features() -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT 0.18 warns of a layer of our own
 def test_lora_on_a_bare_parameter_is_not_taken_for_lora_on_a_layer() -> None:
     """PEFT's target_parameters adds B A to a tensor; A is never called, so what it sees is unknown."""
 

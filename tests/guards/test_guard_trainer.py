@@ -139,6 +139,7 @@ def test_training_the_same_task_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning:torch", "ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT 0.18, of a model made in memory
 def test_resuming_a_checkpoint_with_the_memory_of_the_tasks_before(tmp_path: Path) -> None:
     guard, model = PEGP(energy=1.0), model_with_head()
     guard.consolidate(model, [OLD])

@@ -59,7 +59,7 @@ def test_the_page_is_one_accessible_file(pegp, joint, tmp_path):
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert page.all("html") == [{"lang": "en"}]
-    assert page.text.startswith("trial · growthring report")
+    assert page.text.startswith("growthring report")  # several runs: the name of one of them would mislead
     assert len(page.all("h1")) == 1
     levels = [int(tag[1]) for tag, _ in page.tags if tag in {"h1", "h2", "h3", "h4"}]
     assert all(after - before <= 1 for before, after in pairwise(levels))

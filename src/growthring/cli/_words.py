@@ -54,7 +54,10 @@ def _one(run: Mapping[str, Any]) -> str:
         middle = f"its earlier tasks gained {_points(change)}"
     else:
         middle = "its earlier tasks ended where they were"
-    worst = f", most on {where} ({100 * lost:.1f})" if round(lost, 3) < 0 else ""
+    worst = ""
+    if round(lost, 3) < 0:
+        worst = f", most on {where}" if round(change, 3) < 0 else f", though {where} lost"
+        worst += f" ({100 * lost:.1f})"
     return f"{start}; {middle}{worst}.{_promise(run)}"
 
 

@@ -169,7 +169,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             )
         model = kwargs.get("model")
         if model is None:
-            raise GuardError("the Trainer gave its callbacks no model; growthring needs transformers 5.3 or newer")
+            raise GuardError("the Trainer gave its callbacks no model; growthring needs transformers 5.8 or newer")
         self.guard.attach(model)
         self.guard.begin_task()
 

@@ -36,7 +36,7 @@ def page_view(many: Sequence[Results]) -> tuple[View, dict[str, draw.Figure]]:
     comparable = len(many) > 1 and all(task_names(one) == task_names(first) for one in many)
     if comparable:
         figures["final"] = draw.final_by_method(many)
-    name = str(first.get("name") or "")
+    name = str(first.get("name") or "") if len(many) == 1 else ""
     view = {
         "heading": _heading(many),
         "title": f"{name} \u00b7 growthring report" if name else "growthring report",
@@ -77,7 +77,7 @@ def _heading(many: Sequence[Results]) -> str:
 
 def _facts(many: Sequence[Results], comparable: bool) -> list[tuple[str, str]]:
     first = many[0]
-    facts = [("Run", str(first["name"]))] if first.get("name") else []
+    facts = [("Run", str(first["name"]))] if first.get("name") and len(many) == 1 else []
     if len(many) == 1 or comparable:
         names = ", ".join(task_names(first))
         facts.append(("Tasks", names if len(names) <= 160 else str(len(first["tasks"]))))
