@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growthring.errors import ConfigError
-from growthring.subspace import Subspace, SubspaceBank, bucket
+from growthring.subspace import Subspace, SubspaceBank
 
 from . import reference
 from .strategies import PROPERTY, orthonormal, randn, scales, seeds
@@ -152,15 +152,10 @@ def test_disagreements_are_refused_before_anything_changes():
 
 
 def test_nothing_to_do():
-    SubspaceBank([], []).reject_([])
-
-
-def test_bucket_groups_what_one_kernel_can_take():
-    tensors = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(3, 2)]
-    groups = bucket(tensors)
-    assert list(groups.values()) == [[0, 2], [1, 4], [3]]
-    assert next(iter(groups)) == ((2, 3), torch.float32, torch.device("cpu"))
-    assert bucket([]) == {}
+    bank = SubspaceBank([], [])
+    bank.reject_([])
+    with pytest.raises(ConfigError, match="0 subspaces got 1"):
+        bank.reject_([torch.ones(2, 3)])
 
 
 def _spaces_of_every_kind(dim: int, dtype: torch.dtype) -> list[Subspace]:

@@ -1,7 +1,7 @@
 """Ground floor: pure tensor algebra. It knows no model, no trainer and no process group."""
 
 from .basis import Growth, Subspace
-from .batching import SubspaceBank, bucket
+from .batching import SubspaceBank
 from .health import Health, check_health, numerical_rank
 from .moments import SecondMoment
 from .range_finders import RANGE_FINDERS, RangeFinder, find_range
@@ -14,7 +14,6 @@ __all__ = [
     "SecondMoment",
     "Subspace",
     "SubspaceBank",
-    "bucket",
     "check_health",
     "find_range",
     "numerical_rank",

@@ -13,19 +13,7 @@ from growthring.errors import ConfigError
 from ._precision import full_precision
 from .basis import Subspace
 
-__all__ = ["SubspaceBank", "bucket"]
-
-
-def bucket(tensors: Sequence[Tensor]) -> dict[tuple[object, ...], list[int]]:
-    """Group tensors that one batched kernel can take: same shape, dtype and device.
-
-    Returns:
-        ``{(shape, dtype, device): [positions]}`` in order of first appearance.
-    """
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for position, tensor in enumerate(tensors):
-        groups[(tuple(tensor.shape), tensor.dtype, tensor.device)].append(position)
-    return dict(groups)
+__all__ = ["SubspaceBank"]
 
 
 LARGE = 1 << 16
