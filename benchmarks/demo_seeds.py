@@ -37,6 +37,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 config = config.model_copy(update={"output": str(Path(folder) / name), "threads": options.threads})
                 result = run(config).to_dict()
+            result["config"]["output"] = None  # the temporary folder says nothing
             leaks = [c["leak"] for c in result["certificates"] if c["leak"] is not None]
             kept = ("method", "title", "seed", "rows", "matrix", "macro_f1", "metrics", "timings", "tasks", "config")
             certificates = [{k: v for k, v in c.items() if k != "sites"} for c in result["certificates"]]
