@@ -6,13 +6,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test assets lint format docs bench bench-quality clean
+.PHONY: demo test conformance assets lint format docs bench bench-quality clean
 
 demo: $(VENV)/.base
 	$(BIN)/growthring demo --out runs/demo --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
+
+# All of PEFT's own tests that apply to our adapters; its sdist is fetched by pip.
+conformance: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "" tests/conformance
 
 # The demo's model and data (157 MB). Tests on the real encoder run where they are, and skip where they are not.
 assets: $(VENV)/.base

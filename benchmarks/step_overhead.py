@@ -26,16 +26,21 @@ from growthring.trainer.models import freeze_all_but
 VOCABULARY = 30522
 
 
-def model(kind: str) -> nn.Module:
-    """An encoder of the demo's shape with the adapter ``kind``."""
+def encoder() -> BertModel:
+    """An encoder of the demo's shape."""
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
-    encoder = BertModel(config, add_pooling_layer=False)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def model(kind: str) -> nn.Module:
+    """The encoder with the adapter ``kind``."""
+    plain = encoder()
     if kind == "lora":
-        return get_peft_model(encoder, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    freeze_all_but(encoder, "linear")
-    return encoder
+        return get_peft_model(plain, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    freeze_all_but(plain, "linear")
+    return plain
 
 
 def batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:

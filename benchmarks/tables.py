@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from _figure import figure
+from _pegp_tables import PEGP_TABLES, pegp_claims
+from _words import NONE, Json, Stored, energy_words, grid, not_yet, origin, seeds_of, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = "docs/assets/demo.svg"
@@ -27,73 +29,6 @@ SWEEP = ("demo_sweep.json", "python benchmarks/demo_sweep.py")
 KERNELS = ("subspace_kernels.json", "python benchmarks/subspace_kernels.py")
 OVERHEAD = ("step_overhead.json", "python benchmarks/step_overhead.py")
 REGION = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
-NONE = "–"
-
-Json = Mapping[str, Any]
-
-
-class Stored:
-    """The JSON files of one repository.
-
-    Args:
-        root: The repository.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.folder = root / "benchmarks" / "results"
-        settings = root / "src" / "growthring" / "recipes" / "demo_settings.json"
-        self.settings: Json = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-
-    def get(self, name: str) -> Json | None:
-        """What a file holds, or ``None`` where there is none."""
-        path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-# --- words and cells ------------------------------------------------------------------------------------------------
-
-
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are text, the others numbers."""
-    line = ["---" if i < left else "---:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, line, *rows))
-
-
-def not_yet(source: tuple[str, str]) -> str:
-    """What stands where nothing was measured."""
-    return f"*not measured yet: run `{source[1]}`*"
-
-
-def origin(source: tuple[str, str], machine: Json, more: str = "") -> str:
-    """The line under a table: command, file, machine."""
-    name, command = source
-    torch = machine.get("versions", {}).get("torch", "of unknown version")
-    size = f"{counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
-    return (
-        f"{more}Command: `{command}`. Stored: `benchmarks/results/{name}`. "
-        f"Machine: {size}, {machine['processor']}; torch {torch}."
-    )
-
-
-def counted(number: int, what: str) -> str:
-    """``2 cores``, ``1 core``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def spread(values: Sequence[float | None], scale: float = 100.0, sign: bool = False, digits: int = 1) -> str:
-    """Mean ± sample standard deviation; the number alone for one value, a dash for none."""
-    known = [scale * v for v in values if v is not None]
-    if not known:
-        return NONE
-    mean = f"{statistics.fmean(known):{'+' if sign else ''}.{digits}f}".replace("-", "−")
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
-
-
-def energy_words(energy: Any) -> str:
-    """An energy setting in a cell."""
-    if isinstance(energy, Mapping):
-        return ", ".join(f"{kind} {value:g}" for kind, value in energy.items())
-    return NONE if energy is None else f"{energy:g}" if isinstance(energy, int | float) else str(energy)
 
 
 def by_name(runs: Sequence[Json]) -> dict[str, list[Json]]:
@@ -102,14 +37,6 @@ def by_name(runs: Sequence[Json]) -> dict[str, list[Json]]:
     for run in runs:
         found.setdefault(run["name"], []).append(run)
     return found
-
-
-def seeds_of(runs: Sequence[Json]) -> str:
-    """Which seeds stand behind a table."""
-    found = sorted({run["seed"] for run in runs})
-    if len(found) == 1:
-        return f"One seed ({found[0]}), so no spread. "
-    return f"Mean ± sample standard deviation over seeds {', '.join(map(str, found))}. "
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -344,7 +271,7 @@ def claims(stored: Stored) -> str:
     )
     body = [
         [claim, f"`{command}`", f"`{name}`", measured or "not measured yet"]
-        for claim, (name, command), measured in rows
+        for claim, (name, command), measured in (*rows, *pegp_claims(stored))
     ]
     return grid(("claim or limit", "command", "stored JSON", "measured"), body, 4)
 
@@ -362,6 +289,7 @@ TABLES: dict[str, Callable[[Stored], str]] = {
     "kernels": kernels,
     "overhead": overhead,
     "claims": claims,
+    **PEGP_TABLES,
 }
 
 

@@ -15,14 +15,15 @@ FILES = sorted(SOURCE.rglob("*.py"))
 BASE = {"errors", "_io"}
 MAY_IMPORT = {
     "subspace": BASE,
+    "backbones": BASE,
     "streams": BASE,
     "evaluation": BASE,
-    "adapters": BASE | {"subspace"},
+    "adapters": BASE | {"subspace", "backbones"},
     "optim": BASE | {"subspace"},
-    "guards": BASE | {"subspace"},
+    "guards": BASE | {"subspace", "backbones"},
     "report": BASE | {"evaluation"},
-    "trainer": BASE | {"subspace", "streams", "evaluation", "adapters", "optim", "guards", "report"},
-    "recipes": BASE | {"streams", "guards", "trainer", "report"},
+    "trainer": BASE | {"subspace", "backbones", "streams", "evaluation", "adapters", "optim", "guards", "report"},
+    "recipes": BASE | {"backbones", "adapters", "streams", "guards", "trainer", "report"},
     "cli": BASE | {"streams", "guards", "trainer", "report", "recipes", "evaluation"},
 }
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from growthring.guards import PEGP, Certificate, Guard, LinearSchedule
+    from growthring.guards import PEGP, Certificate, Guard, InfLoRA, LinearSchedule, OLoRA, merge_branches
     from growthring.recipes import RunConfig, load_config, run
     from growthring.streams import Task, TaskStream
     from growthring.subspace import SecondMoment, Subspace
@@ -25,7 +25,9 @@ _HOME = {
     "Certificate": "guards",
     "ContinualTrainer": "trainer",
     "Guard": "guards",
+    "InfLoRA": "guards",
     "LinearSchedule": "guards",
+    "OLoRA": "guards",
     "PEGP": "guards",
     "RunConfig": "recipes",
     "RunResult": "trainer",
@@ -34,6 +36,7 @@ _HOME = {
     "Task": "streams",
     "TaskStream": "streams",
     "load_config": "recipes",
+    "merge_branches": "guards",
     "run": "recipes",
 }
 
@@ -42,7 +45,9 @@ __all__ = [
     "Certificate",
     "ContinualTrainer",
     "Guard",
+    "InfLoRA",
     "LinearSchedule",
+    "OLoRA",
     "RunConfig",
     "RunResult",
     "SecondMoment",
@@ -50,6 +55,7 @@ __all__ = [
     "Task",
     "TaskStream",
     "load_config",
+    "merge_branches",
     "run",
 ]
 

@@ -43,7 +43,55 @@ def run(name: str, seed: int, last: float, *, guarded: bool = False, joint: bool
     }
 
 
-def stored() -> dict[str, dict[str, Any]]:
+def quality() -> list[dict[str, Any]]:
+    """Lines as ``pegp_quality.py`` appends them; the last is of a setting that diverged."""
+    sizes = {"train": 225, "validation": 75, "test": 80, "epochs": 1, "batch": 16, "length": 20}
+    lines: list[dict[str, Any]] = [
+        {
+            "phase": "about",
+            "sizes": dict.fromkeys(("clinc", "reviews", "standard", "fashion"), sizes),
+            "search_seed": 100,
+            "machine": MACHINE,
+        }
+    ]
+
+    def add(phase: str, seed: int, stream: str, adapter: str, variant: str, **measured: Any) -> None:
+        guarded = variant in ("strict", "gradient", "paper")
+        place = {"stream": stream, "adapter": adapter, "variant": variant}
+        setting = {"learning_rate": 0.002, "energy": 0.9 if guarded else None}
+        key = json.dumps([phase, seed, place])
+        lines.append({**place, **setting, "phase": phase, "seed": seed, "key": key, "seconds": 9.0, **measured})
+
+    for stream in ("clinc", "fashion"):
+        for adapter, variant, aa, leak in (
+            ("lora", "unprotected", 0.5, 0.9),
+            ("lora", "gradient", 0.6, 0.03),
+            ("lora", "paper", 0.65, 2e-7),
+            ("lora", "strict", 0.7, 3e-7),
+            ("prefix", "paper", 0.6, 4e-7),
+            ("linear", "baseline", 0.75, None),
+        ):
+            add("search", 100, stream, adapter, variant, validation_aa=aa)
+            for seed in range(3):
+                metrics = {"aa": aa + 0.02 * seed, "bwt": -0.1, "learning_accuracy": 0.9, "forgetting": 0.1}
+                kept = None if leak is None else variant in ("strict", "paper")
+                change = None if leak is None else 0.125
+                add(
+                    "final",
+                    seed,
+                    stream,
+                    adapter,
+                    variant,
+                    metrics=metrics,
+                    leak=leak,
+                    kept=kept,
+                    output_change=change,
+                )
+    add("final", 0, "reviews", "lora", "strict", error="NumericalError: the loss is nan")
+    return lines
+
+
+def stored() -> dict[str, Any]:
     """One file of each kind, as the scripts write them."""
     runs = [
         *(run("sequential-lora-usual", seed, 0.70 + 0.02 * seed) for seed in range(3)),
@@ -82,6 +130,13 @@ def stored() -> dict[str, dict[str, Any]]:
             "machine": MACHINE,
             "rows": [step, {**step, "adapter": "linear", "batch_tokens": 1024}],
         },
+        "pegp_quality.jsonl": quality(),
+        "pegp_overhead.json": {
+            "machine": MACHINE,
+            "energy": 0.95,
+            "samples": 256,
+            "rows": [{**step, "mode": "strict"}, {**step, "adapter": "prompt", "mode": "paper", "step_overhead": 0.5}],
+        },
     }
 
 
@@ -93,7 +148,8 @@ def repository(tmp_path: Path) -> Path:
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     for name, value in stored().items():
-        (results / name).write_text(json.dumps(value), encoding="utf-8")
+        lines = value if isinstance(value, list) else [value]
+        (results / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return tmp_path
 
 
@@ -156,15 +212,60 @@ def test_sweep_says_when_the_demo_uses_other_settings(tables: ModuleType, reposi
 def test_claims_follow_the_files(tables: ModuleType, repository: Path) -> None:
     text = tables.claims(tables.Stored(repository))
     assert "| worst 6e-07 in 3 runs |" in text
-    assert text.count("worst 2.1 %") == 2
+    assert text.count("worst 2.1 %") == 3
+    assert "| 6 of 6 runs; leak 3e-07 to 3e-07 in 6 runs |" in text
+    assert "| 3e-02 to 3e-02 in 6 runs |" in text, "what projecting gradients alone leaks"
+    assert "| 12 runs of the search |" in text
     assert "not measured yet" not in text
 
 
-@pytest.mark.parametrize("name", ["demo_seeds.json", "demo_sweep.json", "subspace_kernels.json", "step_overhead.json"])
+def test_pegp_overview(tables: ModuleType, repository: Path) -> None:
+    lines = tables.TABLES["pegp-quality"](tables.Stored(repository)).splitlines()
+    assert lines[0] == (
+        "| what trains | guard | CLINC, class-incremental | Fashion-MNIST, class-incremental | worst leak |"
+    ), "a stream without a finished run has no column"
+    assert lines[2] == "| LoRA | unprotected | 52.0 ± 2.0 | 52.0 ± 2.0 | 9e-01 |"
+    assert lines[4].startswith("| LoRA | PEGP, paper (figure) |"), "the reading of the paper is named"
+    assert lines[6].startswith("| Prefix | PEGP, paper | 62.0")
+    assert lines[7] == "| all linear weights, unprotected | – | 77.0 ± 2.0 | 77.0 ± 2.0 | – |"
+    assert "seeds 0, 1, 2" in lines[-1]
+    assert "so far" not in lines[-1]
+
+
+def test_pegp_stream(tables: ModuleType, repository: Path) -> None:
+    lines = tables.TABLES["pegp-clinc"](tables.Stored(repository)).splitlines()
+    cells = ["0.002", "0.9", "72.0 ± 2.0", "−10.0 ± 0.0", "90.0 ± 0.0", "3e-07", "0.125", "9"]
+    assert lines[5] == f"| LoRA | PEGP, strict | {' | '.join(cells)} |"
+    assert "225 training rows and 80 test rows a task" in lines[-1]
+    assert "6 runs of the search on validation rows of seed 100" in lines[-1]
+    assert "not measured yet" in tables.TABLES["pegp-reviews"](tables.Stored(repository)), "a failed run is no result"
+
+
+def test_pegp_table_says_when_seeds_are_missing(tables: ModuleType, repository: Path) -> None:
+    path = repository / "benchmarks" / "results" / "pegp_quality.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [r for r in lines if not (r["phase"] == "final" and r["variant"] == "strict" and r["seed"] > 0)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    text = tables.TABLES["pegp-quality"](tables.Stored(repository))
+    assert "| LoRA | PEGP, strict | 70.0 | 70.0 | 3e-07 |" in text
+    assert "one seed so far" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "demo_seeds.json",
+        "demo_sweep.json",
+        "subspace_kernels.json",
+        "step_overhead.json",
+        "pegp_quality.jsonl",
+        "pegp_overhead.json",
+    ],
+)
 def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:
     (repository / "benchmarks" / "results" / name).unlink()
     tables.main(["--root", str(repository)])
-    script = name.replace(".json", ".py")
+    script = name.split(".")[0] + ".py"
     page = (repository / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert f"*not measured yet: run `python benchmarks/{script}`*" in page
     assert "not measured yet" in tables.claims(tables.Stored(repository))

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from guard_helpers import fit, protected
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+
+from growthring.adapters import BottleneckConfig
 
 OLD = ["the cat sat", "rain today", "stocks fell", "a red car", "who won", "blue sky", "cheap flights", "hello there"]
 NEW = [
@@ -54,27 +56,57 @@ def _sentences(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def test_lora_on_every_linear_layer_of_minilm() -> None:
+def _minilm(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder, with a batch of old and a batch of new sentences."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = _encoder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    base = AutoModel.from_pretrained(folder, add_pooling_layer=False)
-    model = get_peft_model(base, LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
     old, new = (dict(tokenizer(texts, padding=True, return_tensors="pt")) for texts in (OLD, NEW))
-    fit(model, old, make=_adamw, steps=3, loss_of=_loss)  # B is no longer zero
+    torch.manual_seed(0)
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False).to(dtype), old, new
+
+
+def _change(model: nn.Module, old: dict[str, Tensor], before: Tensor) -> float:
+    return float((_sentences(model, old) - before).abs().max() / before.abs().max())
+
+
+def _config(kind: str) -> PeftConfig:
+    if kind == "lora":
+        return LoraConfig(r=64, lora_alpha=64, target_modules="all-linear")
+    return BottleneckConfig(r=64, mode=kind, placement="both", activation="gelu")
+
+
+@pytest.mark.parametrize("kind", ["lora", "sequential", "parallel"])
+def test_old_sentences_keep_their_vectors_through_200_steps(kind: str) -> None:
+    base, old, new = _minilm()
+    model = get_peft_model(base, _config(kind))
+    fit(model, old, make=_adamw, steps=3, loss_of=_loss)  # what starts at zero is no longer zero
     free = copy.deepcopy(model)
     guard = protected(model, old, probes=8)
     before = _sentences(model, old)
-    losses = fit(model, new, guard, make=_adamw, steps=50, clip=1.0, loss_of=_loss)
+    losses = fit(model, new, guard, make=_adamw, steps=200, clip=1.0, loss_of=_loss)
     certificate = guard.end_task("new", [new])
-    assert len(certificate.sites) == 6 * 6 * 2
+    assert {s.kind for s in certificate.sites} == (
+        {"lora_A", "lora_B"} if kind == "lora" else {"adapter_down", "adapter_up"}
+    )
+    assert certificate.kept
     assert certificate.leak <= 1e-5
     assert certificate.output_change <= 1e-5
     assert certificate.held == 0
-    after = _sentences(model, old)
-    assert float((after - before).abs().max() / before.abs().max()) <= 1e-5
+    assert _change(model, old, before) <= 1e-5
     assert losses[-1] < 0.9 * losses[0]
     fit(free, new, make=_adamw, steps=10, clip=1.0, loss_of=_loss)
-    assert float((_sentences(free, old) - before).abs().max() / before.abs().max()) > 1e-2
+    assert _change(free, old, before) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["lora", "sequential"])
+def test_in_float64_they_keep_them_to_1e_12(kind: str) -> None:
+    base, old, new = _minilm(torch.float64)
+    model = get_peft_model(base, _config(kind), autocast_adapter_dtype=False).double()
+    fit(model, old, make=_adamw, steps=3, loss_of=_loss)
+    guard = protected(model, old)
+    before = _sentences(model, old)
+    losses = fit(model, new, guard, make=_adamw, steps=200, clip=1.0, loss_of=_loss)
+    assert _change(model, old, before) <= 1e-12
+    assert losses[-1] < losses[0]

@@ -285,7 +285,21 @@ def test_what_was_decided_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"samples": 0}, {"probes": -1}, {"max_probe_tasks": -1}, {"unprotected": "freeze"}, {"candidates": ()}],
+    [
+        {"samples": 0},
+        {"probes": -1},
+        {"max_probe_tasks": -1},
+        {"unprotected": "drop"},
+        {"candidates": ()},
+        {"mode": "exact"},
+        {"project": "step"},
+        {"kinds": ["lora"]},
+        {"kinds": "lora_A"},
+        {"kinds": []},
+        {"merge": 1.0},
+        {"merge": -0.1},
+        {"merge": True},
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

@@ -462,7 +462,7 @@ def test_nothing_trainable() -> None:
 
 def test_nothing_that_can_be_protected() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2).requires_grad_(False))
-    with pytest.raises(GuardError, match=r"no LoRA factor and no linear weight.*0\.weight"):
+    with pytest.raises(GuardError, match=r"no site among the 2 trainable.*0\.weight"):
         PEGP().attach(model)
 
 

@@ -8,6 +8,7 @@ import yaml
 from growthring.errors import ConfigError
 from growthring.recipes import METHODS, _yaml, config_schema, demo_runs, load_config, parse_config
 from growthring.recipes.demo import DEMO_RUNS, demo_settings
+from growthring.recipes.method_settings import ADAPTER_DEFAULTS, GUARD_DEFAULTS, AdapterSettings
 
 OWN = {"tasks": [{"name": "a", "train": "a.jsonl", "test": "b.jsonl"}, {"name": "b", "hub": {"path": "x/y"}}]}
 
@@ -90,9 +91,10 @@ def test_the_path_of_a_task_counts_from_zero_as_yaml_lists_do():
             "stream.tasks[0]: task 'a' lacks test: give files for train and test, or hub",
         ),
         ({"name": "a", "train": "x.csv", "test": "y.csv", "hub": {"path": "p"}}, "names both hub and train, test"),
+        ({"name": "a", "hub": {"path": "p"}, "text": "t", "image": "i"}, "the text column 't' and holds images; drop"),
     ],
 )
-def test_a_task_has_one_source(task, said):
+def test_a_task_has_one_source_and_one_kind_of_input(task, said):
     assert said in refused({"method": "joint", "stream": {"tasks": [task]}})
 
 
@@ -107,7 +109,36 @@ def test_a_task_has_one_source(task, said):
             {"method": "pegp-linear", "adapter": {"r": 4}},
             "adapter: has no effect: the method 'pegp-linear' trains every linear",
         ),
-        ({"method": "sequential-full", "adapter": {}}, "trains every parameter and has no LoRA adapter"),
+        ({"method": "sequential-full", "adapter": {}}, "trains every parameter and has no adapter"),
+        (
+            {"method": "pegp", "adapter": {"tokens": 4}},
+            "adapter.tokens: has no effect: the method 'pegp' trains a LoRA adapter, which has the settings r, alpha,",
+        ),
+        ({"method": "pegp-prefix", "adapter": {"r": 4}}, "adapter.r: has no effect: the method 'pegp-prefix' trains"),
+        ({"method": "pegp-ia3", "adapter": {"r": 4}}, "IA3 scales, which has the settings tower"),
+        ({"method": "pegp", "guard": {"mode": "paper"}}, "guard.mode: has no effect: for a LoRA adapter"),
+        ({"method": "gpm", "guard": {"mode": "strict"}}, "guard.mode: has no effect: for every linear weight"),
+        ({"method": "o-lora", "guard": {"energy": 0.9}}, "guard.energy: has no effect: the guard of the method"),
+        ({"method": "pegp", "guard": {"weight": 0.9}}, "guard.weight: has no effect: the guard of the method 'pegp'"),
+        ({"method": "inflora", "guard": {"energy": "auto"}}, "guard.energy: 'auto': InfLoRA takes one number"),
+        ({"method": "inflora", "guard": {"energy": {"lora_A": 0.9}}}, "InfLoRA takes one number or a schedule"),
+        ({"method": "pegp", "guard": {"kinds": ["ia3"]}}, "guard.kinds.ia3: has no effect"),
+        (
+            {"method": "pegp", "guard": {"kinds": ["lora_A"], "energy": {"lora_B": 0.5}}},
+            "guard.energy.lora_B: has no effect: with these settings the method 'pegp' protects lora_A",
+        ),
+        (
+            {"method": "pegp-prefix", "head": "label-text", "guard": {"mode": "paper", "energy": {"prefix_value": 1}}},
+            "guard.energy.prefix_value: has no effect: with these settings the method 'pegp-prefix' protects prefix_k",
+        ),
+        ({"method": "pegp", "adapter": {"tower": "text", "target_modules": ["q"]}}, "adapter.tower: has no effect"),
+        ({"method": "pegp", "image_size": 32}, "image_size: has no effect: the stream holds texts"),
+        ({"method": "pegp", "prompt_template": "{}"}, "prompt_template: has no effect: the stream holds texts"),
+        ({"method": "pegp", "classifiers": ["head", "head"]}, "classifiers: head stands there twice"),
+        (
+            {"method": "pegp", "stream": {**OWN, "scenario": "online-class"}, "train": {"epochs": 2}},
+            "train.epochs: 2: in an online-class stream each training row is seen once",
+        ),
         ({"method": "pegp", "guard": {"energy": {"linear": 0.5}}}, "guard.energy.linear: has no effect"),
         ({"method": "pegp-linear", "guard": {"energy": {"lora_A": 0.5}}}, "guard.energy.lora_A: has no effect"),
         ({"method": "pegp", "train": {"epochs": 2, "max_steps": 10}}, "train: epochs and max_steps are two budgets"),
@@ -131,6 +162,22 @@ def test_the_energy_of_linear_weights_counts_when_a_linear_head_is_guarded_too()
     assert config.guard.energy == {"linear": 0.5}
 
 
+def test_a_folder_holds_images_and_a_file_texts(tmp_path):
+    (tmp_path / "train").mkdir()
+    tasks = [
+        {"name": "a", "train": "train", "test": "test"},
+        {"name": "b", "train": "x.csv", "test": "y.csv", "image": "file"},
+    ]
+    stream = parse_config({"method": "pegp", "stream": {"tasks": tasks}, "image_size": 8}, base=tmp_path).stream
+    assert [(task.text, task.image) for task in stream.tasks] == [(None, "image"), (None, "file")]
+    assert [(task.text, task.image) for task in parse_config({"method": "pegp", "stream": OWN}).stream.tasks] == [
+        ("text", None), ("text", None),
+    ]  # fmt: skip
+    tasks[0]["text"] = "body"
+    with pytest.raises(ConfigError, match=r"'body' and holds images \(train is the folder .*train\); drop text"):
+        parse_config({"method": "pegp", "stream": {"tasks": tasks}}, base=tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- defaults
 
 
@@ -140,10 +187,13 @@ def test_the_methods_defaults_are_filled_in(name):
     assert config.train.learning_rate == method.learning_rate
     assert config.train.epochs == 1.0
     assert config.title == method.title
-    assert (config.adapter is not None) == (method.adapter == "lora")
+    asked = {key for key, value in (config.adapter or AdapterSettings()) if value is not None}
+    assert asked == {key for key, value in ADAPTER_DEFAULTS[method.adapter].items() if value is not None}
+    assert (config.adapter is not None) == bool(ADAPTER_DEFAULTS[method.adapter])
     assert (config.guard is not None) == (method.guard is not None)
-    if config.guard is not None:
-        assert config.guard.energy == dict(method.energy)
+    if method.guard is not None:
+        assert config.guard.energy == method.to_dict()["energy"]
+        assert set(config.resolved()["guard"]) <= set(GUARD_DEFAULTS[method.guard])
     assert config.stream.source == "demo"
     assert config.stream.seed == 3
 
@@ -158,6 +208,21 @@ ROUND_TRIPS = [
     {"method": "pegp", "stream": {"source": "demo", "train": None, "seed": 5}, "seed": 2},
     {"method": "pegp", "guard": {"energy": {"lora_A": {"start": 0.9, "end": 1, "tasks": 3}, "lora_B": 0.5}}},
     {"method": "pegp", "guard": {"energy": "auto"}, "adapter": {"target_modules": ["query", "value"]}},
+    {"method": "pegp-adapter", "adapter": {"r": 4, "mode": "sequential"}, "guard": {"mode": "paper", "merge": 0.5}},
+    {"method": "pegp-prompt", "adapter": {"tokens": 3, "tower": "image"}, "guard": {"kinds": ["prompt_key"]}},
+    {"method": "adam-nscl", "guard": {"energy": {"times": 30}, "project": "gradient", "unprotected": "freeze"}},
+    {"method": "o-lora", "guard": {"weight": 2, "norm": "squared"}, "classifiers": ["ridge", "head"]},
+    {
+        "method": "inflora",
+        "stream": {
+            "tasks": [{"name": "a", "train": "a.csv", "test": "b.csv", "image": "file"}],
+            "scenario": "online-class",
+            "reference": {"name": "known", "hub": {"path": "x/y"}, "image": "image"},
+        },
+        "image_size": 28,
+        "prompt_template": "a {} in the wild",
+        "head": "label-text",
+    },
 ]
 
 

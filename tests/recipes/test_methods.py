@@ -3,15 +3,25 @@ from __future__ import annotations
 import json
 import re
 
+from typing import get_args
+
 import pytest
 
+from growthring.backbones.module_map import ROLES
 from growthring.errors import ConfigError
+from growthring.guards import NullRatio
+from growthring.guards.energy import KINDS, parse_energy
+from growthring.recipes import method_settings
+from growthring.recipes._method import SITE_KINDS, TRAINS
 from growthring.recipes.methods import METHODS, get_method
 
 
 def test_the_registry_names_every_method_of_the_demo_and_more():
     assert list(METHODS) == [
-        "sequential-lora", "sequential-linear", "sequential-full", "joint", "pegp", "pegp-linear",
+        "sequential-lora", "sequential-adapter", "sequential-prefix", "sequential-prompt", "sequential-ia3",
+        "sequential-linear", "sequential-full", "joint",
+        "pegp", "pegp-adapter", "pegp-prefix", "pegp-prompt", "pegp-ia3", "pegp-linear",
+        "gpm", "adam-nscl", "inflora", "o-lora",
     ]  # fmt: skip
     assert all(name == method.name for name, method in METHODS.items())
 
@@ -27,8 +37,24 @@ def test_every_method_says_what_it_is(method):
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=str)
 def test_energies_are_given_exactly_for_the_kinds_a_guard_protects(method):
-    kinds = {"lora": {"lora_A", "lora_B"}, "linear": {"linear"}}
-    assert set(method.energy) == (kinds[method.adapter] if method.guard else set())
+    if method.guard == "pegp":
+        assert tuple(method.energy) == method.kinds
+        parse_energy(method.energy)
+    else:
+        assert isinstance(method.energy, float) == (method.guard == "inflora")
+
+
+def test_kinds_of_sites_and_roles_are_those_of_the_rooms_that_have_them():
+    assert set(get_args(method_settings.Kind)) == set(KINDS)
+    assert {kind for kinds in SITE_KINDS.values() for kind in kinds} == set(KINDS)
+    assert set(get_args(method_settings.Role)) == {"all-linear", *ROLES}
+    assert set(SITE_KINDS) == set(TRAINS) == set(method_settings.ADAPTER_DEFAULTS)
+
+
+def test_the_published_rules_of_the_family_are_what_the_guard_makes_of_them():
+    rising = parse_energy(METHODS["gpm"].energy)["linear"]
+    assert [round(rising.at(task), 6) for task in (0, 1, 2, 10, 11)] == [0.97, 0.973, 0.976, 1.0, 1.0]
+    assert parse_energy(METHODS["adam-nscl"].energy)["linear"] == NullRatio(10.0)
 
 
 def test_an_unknown_method_offers_near_ones():

@@ -11,7 +11,7 @@ from transformers import AutoModel
 import growthring.guards
 from growthring.errors import ConfigError, DataError
 from growthring.recipes import METHODS, build, load_config, run
-from growthring.recipes.settings import GuardSettings
+from growthring.recipes.method_settings import ADAPTER_DEFAULTS, GUARD_DEFAULTS
 
 
 def changed(before, after):
@@ -27,7 +27,7 @@ def test_every_method_trains_what_it_says_and_writes_a_run_folder(
     result = run(config, tmp_path / "out")
     method, folder = METHODS[name], tmp_path / "out"
     held = {path.name for path in folder.iterdir()}
-    weights = "adapter" if method.adapter == "lora" else "model"
+    weights = "adapter" if ADAPTER_DEFAULTS[method.adapter] else "model"
     expected = {"config.yaml", "results.json", "log.jsonl", "report.html", "head.json", "head.safetensors", weights}
     assert held == expected | ({"memory"} if method.guard else set())
     assert {path.name for path in tmp_path.iterdir()} == {"data", "stream.yaml", "out"}, (
@@ -48,9 +48,15 @@ def test_every_method_trains_what_it_says_and_writes_a_run_folder(
 
     base = AutoModel.from_pretrained(str(tiny_encoder))
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    if method.adapter == "lora":
-        loaded = PeftModel.from_pretrained(base, str(folder / "adapter"))
-        assert any(value.abs().sum() > 0 for key, value in loaded.state_dict().items() if "lora_B" in key)
+    if ADAPTER_DEFAULTS[method.adapter]:
+        import growthring.adapters  # noqa: F401  # registers what PEFT does not have
+
+        first = build(config).model.encoder.state_dict()
+        loaded = PeftModel.from_pretrained(base, str(folder / "adapter")).state_dict()
+        if method.guard in ("inflora", "o-lora"):
+            assert any(value.abs().sum() > 0 for key, value in loaded.items() if "lora_B" in key)
+        else:
+            assert changed(first, {key: loaded[key] for key in first}), "the adapter holds what was learned"
         return
     after = AutoModel.from_pretrained(str(folder / "model"), add_pooling_layer=False).state_dict()
     moved = changed(before, after)
@@ -114,15 +120,17 @@ def test_settings_reach_the_trainer(tiny_stream, tmp_path, monkeypatch):
     assert args.output_dir == str(tmp_path / "out")
     peft = trainer.model.encoder.peft_config["default"]
     assert (peft.r, peft.lora_alpha, peft.lora_dropout, peft.target_modules) == (3, 5, 0.25, {"query"})
-    assert asked == guard
+    assert asked == guard | {"project": "update", "merge": 0.0}
     assert (trainer.seed, trainer.model.pooling, type(trainer.model.head).__name__) == (7, "cls", "LinearHead")
 
 
-def test_defaults_of_the_guard_are_the_guards_own():
-    signature = inspect.signature(growthring.guards.PEGP).parameters
-    for name, field in GuardSettings.model_fields.items():
-        if name != "energy":  # that is the method's
-            assert field.default == signature[name].default, name
+def test_defaults_of_the_guards_are_their_own():
+    guards = growthring.guards
+    for guard, kind in (("pegp", guards.PEGP), ("inflora", guards.InfLoRA), ("o-lora", guards.OLoRA)):
+        signature = inspect.signature(kind).parameters
+        for name, default in GUARD_DEFAULTS[guard].items():
+            if name != "energy":  # that is the method's
+                assert default == signature[name].default, name
 
 
 def test_limits_scenario_and_seed_reach_the_stream(tiny_stream):

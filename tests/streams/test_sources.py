@@ -24,7 +24,7 @@ def read(source, text="text", label="label"):
 
 def pairs(source, **columns):
     rows = read(source, **columns)
-    return list(zip(rows.texts, rows.labels, strict=True))
+    return list(zip(rows.inputs, rows.labels, strict=True))
 
 
 def table(delimiter=",", rows=ROWS):
@@ -137,7 +137,7 @@ def test_datasets_objects_with_class_names_and_formats(tmp_path):
     data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     for source in (data, data.with_format("torch"), data.to_iterable_dataset()):
         rows = read(source)
-        assert (rows.texts, rows.labels, rows.names) == (["a", "b"], [1, 0], ["no", "yes"])
+        assert (rows.inputs, rows.labels, rows.names) == (["a", "b"], [1, 0], ["no", "yes"])
     path = tmp_path / "a.parquet"
     data.to_parquet(str(path))
     assert read(path).names == ["no", "yes"]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import pytest
 
 from growthring.errors import ConfigError, DataError
@@ -54,8 +57,14 @@ def test_classes_in_scenario_task():
         assert stream.candidates(1, seen) == [2, 3]
 
 
-def test_classes_in_scenario_class():
-    stream = TaskStream(tasks(), scenario="class")
+REPEATS = r"1 of 5 classes come in more than one task \('a' in 'one', 'two'\)"
+
+
+@pytest.mark.parametrize("scenario", ["class", "online-class"])
+def test_classes_in_class_incremental_scenarios(scenario):
+    with pytest.warns(UserWarning, match=REPEATS) as caught:
+        stream = TaskStream(tasks(), scenario=scenario)
+    assert caught[0].filename == __file__
     assert [entry.key for entry in stream.classes] == ["a", "b", "c", "d", "e"]
     assert stream.classes[0] == ClassEntry("a", "a", "a", (0, 1))
     assert [stream.class_ids(index) for index in range(3)] == [[0, 1], [0, 2], [3, 4]]
@@ -139,12 +148,127 @@ def test_fingerprint_changes_with_anything_that_matters():
     changed[1] = task("two", ["c", "a"], label_texts={"a": "ant"})
     relabelled = tasks()
     relabelled[0] = task("one", ["a", "b"], labels=["b", "a"])
+    with pytest.warns(UserWarning, match=REPEATS):
+        repeats = TaskStream(tasks(), seed=1, scenario="class")
     others = [
         TaskStream(tasks(), seed=2),
-        TaskStream(tasks(), seed=1, scenario="class"),
+        repeats,
         base.order([1, 0, 2]),
         TaskStream(changed, seed=1),
         TaskStream(relabelled, seed=1),
         TaskStream([item.limit(test=3) for item in tasks()], seed=1),
     ]
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 7
+
+
+# ------------------------------------------------------------------------- modality, online pass, reference, repeats
+
+
+def pictures(name, classes, *, first=0):
+    made = [(np.full((2, 3), first + i, np.uint8), classes[i % len(classes)]) for i in range(12)]
+    return Task(name, made, [(np.full((3, 2), first + i, np.uint8), label) for i, label in enumerate(classes)])
+
+
+def test_what_a_scenario_means():
+    made = [task("one", "ab"), task("two", "cd")]
+    for scenario, growing, once in (("task", 0, 0), ("class", 1, 0), ("online-class", 1, 1)):
+        stream = TaskStream(made, scenario=scenario)
+        assert (stream.class_incremental, stream.online) == (bool(growing), bool(once))
+        assert stream.modality == "text"
+        assert stream.reference is None
+    domain = TaskStream([task("one", "ab"), task("two", "ab")], scenario="domain")
+    assert (domain.class_incremental, domain.online) == (False, False)
+
+
+def test_the_order_of_the_pass_is_the_streams_and_no_one_elses():
+    made = [task("one", "ab", rows=20), task("two", "cd", rows=20)]
+    stream = TaskStream(made, scenario="online-class", seed=4)
+    order = stream.pass_order(1)
+    assert sorted(order) == list(range(len(stream[1].train)))
+    assert order not in (sorted(order), sorted(order)[::-1])
+    assert order == stream.pass_order(1) == stream.pass_order(-1)
+    assert order != stream.pass_order(0)
+    assert len({stream[1].train.labels[row] for row in order[:10]}) == 2  # classes are mixed
+    turned = TaskStream(made[::-1], scenario="online-class", seed=4)
+    assert turned.pass_order(0) == order
+    other = TaskStream(made, scenario="online-class", seed=5)
+    assert [other[1].train.texts[row] for row in other.pass_order(1)] != [stream[1].train.texts[row] for row in order]
+    backwards = Task("two", list(made[1].train)[::-1], made[1].test)
+    again = TaskStream([made[0], backwards], scenario="online-class", seed=4)
+    assert [again[1].train.texts[row] for row in again.pass_order(1)] == [stream[1].train.texts[row] for row in order]
+    texts = [stream[1].train.texts[row] for row in order]
+    assert texts == sorted(texts, key=lambda text: hashlib.sha256(f"4\0two/pass\0{text}".encode()).digest())
+    with pytest.raises(IndexError):
+        stream.pass_order(2)
+
+
+def test_equal_inputs_have_their_places_in_the_pass():
+    same = Task("one", [("again", "a")] * 5 + [("else", "b"), ("more", "b"), ("and a", "a")], [("t", "a")])
+    stream = TaskStream([same, task("two", "cd")], scenario="online-class")
+    assert sorted(stream.pass_order(0)) == list(range(len(stream[0].train)))
+
+
+def test_the_seed_of_an_online_stream_is_part_of_its_fingerprint():
+    own = [("own a", "a"), ("own b", "b")]
+    made = [task("one", "ab", validation=own), task("two", "cd", validation=[("c", "c"), ("d", "d")])]
+    prints = {
+        (s, seed): TaskStream(made, scenario=s, seed=seed).fingerprint()
+        for s in ("class", "online-class")
+        for seed in (0, 1)
+    }
+    assert prints["class", 0] == prints["class", 1]
+    assert len(set(prints.values())) == 3
+
+
+def test_fingerprints_of_text_streams_are_those_of_earlier_versions():
+    made = [task("one", "ab"), task("two", "cd", labels=["d", "c"], label_texts={"c": "sea"})]
+    assert TaskStream(made, seed=1).fingerprint() == EARLIER
+
+
+EARLIER = "1c701a54ba77d3cbcbef594b85d3fc92dacc45c013137416e2f387a775d8276b"
+
+
+def test_a_stream_has_one_modality():
+    images = [pictures("one", "ab"), pictures("two", "cd", first=50)]
+    stream = TaskStream(images, scenario="online-class")
+    assert stream.modality == "image"
+    assert sorted(stream.pass_order(0)) == list(range(len(stream[0].train)))
+    assert stream.encode(1, "test") == [2, 3]
+    with pytest.raises(DataError, match=r"task 'one' holds images and task 'three' holds texts.*two streams"):
+        TaskStream([*images, task("three", "ef")])
+    with pytest.raises(DataError, match=r"task 'one' holds images and task 'known' holds texts"):
+        TaskStream(images, reference=task("known", "ef"))
+
+
+def test_the_reference_stands_beside_the_tasks():
+    made, known = [task("one", "ab"), task("two", "cd")], task("known", ["a", "z"])
+    stream = TaskStream(made, scenario="class", reference=known)
+    assert stream.reference is known
+    assert known.validation is None  # nothing is carved: it is not trained on
+    assert [item.name for item in stream] == ["one", "two"]
+    assert [entry.key for entry in stream.classes] == ["a", "b", "c", "d"]
+    assert known.encode("test") == [0, 0, 1, 1]
+    plain = TaskStream(made, scenario="class")
+    assert stream.fingerprint() != plain.fingerprint()
+    assert stream.order([1, 0]).reference is known
+    other = TaskStream(made, scenario="class", reference=known.limit(train=4))
+    assert other.fingerprint() != stream.fingerprint()
+    whole = known.carve_validation()  # as a task it would be divided alike
+    beside = TaskStream(made, scenario="task", reference=whole).fingerprint()
+    assert beside != TaskStream([*made, whole], scenario="task").fingerprint()
+    with pytest.raises(DataError, match=r"the reference has the name of task 1, 'TWO'"):
+        TaskStream(made, reference=task("TWO", "ab"))
+    with pytest.raises(DataError, match=r"reference is list, not a Task or None"):
+        TaskStream(made, reference=[known])  # type: ignore[arg-type]
+
+
+def test_repeated_classes_are_named_once():
+    made = [task("one", "abcde"), task("two", "abcdf"), task("three", "ag")]
+    with pytest.warns(
+        UserWarning, match=r"4 of 7 classes .*\('a' in 'one', 'two', 'three'; 'b' .*; and 1 more\)"
+    ) as seen:
+        stream = TaskStream(made, scenario="class")
+    assert len(seen) == 1
+    assert stream.order([2, 1, 0]).class_incremental  # said once: a new order says it no more
+    TaskStream(made)  # with the task known, equal labels are different classes
+    TaskStream([task("one", "ab"), task("two", "ab")], scenario="domain")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from trainer_helpers import differing, stream_of, weights
+from transformers import AutoModel
 
 import growthring as gr
 from growthring.errors import ConfigError
@@ -197,12 +198,14 @@ def test_pooling_by_hand():
         ({"pooling_mode_mean_tokens": True}, "mean"),
     ],
 )
-def test_pooling_is_read_from_the_sentence_encoder(tmp_path, settings, expected):
-    assert find_pooling(tmp_path) == "mean"
-    assert find_pooling(None) == "mean"
+def test_pooling_is_read_from_the_sentence_encoder(tmp_path, tiny_encoder, settings, expected):
+    encoder = AutoModel.from_pretrained(tiny_encoder)
+    assert find_pooling(encoder, tmp_path) == "mean"
+    assert find_pooling(encoder, None) == "mean"
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    assert find_pooling(tmp_path) == expected
+    assert find_pooling(encoder, tmp_path) == expected
+    assert find_pooling(encoder, tmp_path, "mean") == "mean"
 
 
 @pytest.mark.parametrize("pooling", ["cls", "last", "mean"])

@@ -1,1 +1,18 @@
-"""Adapters of our own, as PEFT tuners. Stock PEFT adapters need nothing from here, and none of ours has landed yet."""
+"""Adapters of our own, as PEFT tuners that are registered when this package is imported.
+
+They are used as PEFT's own: ``get_peft_model(model, BottleneckConfig(r=16))``, ``save_pretrained``,
+``PeftModel.from_pretrained``, several adapters in one model, ``disable_adapter``.
+"""
+
+from .bottleneck import BottleneckConfig, BottleneckLayer
+from .prefix import PrefixTokensConfig, PrefixTokensLayer
+from .prompt import PromptTokensConfig, PromptTokensLayer
+
+__all__ = [
+    "BottleneckConfig",
+    "BottleneckLayer",
+    "PrefixTokensConfig",
+    "PrefixTokensLayer",
+    "PromptTokensConfig",
+    "PromptTokensLayer",
+]

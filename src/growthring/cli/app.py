@@ -95,8 +95,9 @@ def _register() -> None:
     from .demo import demo
     from .run import run
     from .show import methods, report, schema
+    from .sites import sites
 
-    for command in (demo, run, methods, report, schema):
+    for command in (demo, run, sites, methods, report, schema):
         app.command()(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ def methods(
         ("use when", method.use_when),
         ("not when", method.avoid_when),
         ("learning rate", f"{method.learning_rate:g} unless given"),
-        *((("energy", ", ".join(f"{k} {v:g}" for k, v in method.energy.items())),) if method.energy else ()),
+        *((("energy", _energy(method.energy)),) if method.energy is not None else ()),
     ):
         grid.add_row(Text(key, style="dim"), value)
     console.print(grid)
@@ -107,6 +108,17 @@ def schema() -> None:
     from growthring.recipes.config import config_schema
 
     typer.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+
+
+def _energy(energy: Any) -> str:
+    """An energy in words."""
+    if isinstance(energy, Mapping) and "times" in energy:
+        return f"all above {energy['times']:g} times the smallest"
+    if isinstance(energy, Mapping) and "start" in energy:
+        return f"{energy['start']:g}, rising to {energy['end']:g} over {energy['tasks']} tasks"
+    if isinstance(energy, Mapping):
+        return ", ".join(f"{kind} {_energy(one)}" for kind, one in energy.items())
+    return f"{energy:g}"
 
 
 def _results_files(path: Path) -> list[Path]:

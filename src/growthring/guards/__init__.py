@@ -1,8 +1,12 @@
 """Guards: what a step must not change, and what is remembered between tasks."""
 
 from .base import Certificate, Guard, GuardCallback, SiteCertificate
-from .energy import CANDIDATES, Energy, LinearSchedule
+from .branches import merge_branches
+from .energy import CANDIDATES, Energy, LinearSchedule, NullRatio
+from .inflora import InfLoRA
+from .olora import OLoRA
 from .pegp import PEGP
+from .plan import TensorPlan
 
 __all__ = [
     "CANDIDATES",
@@ -11,6 +15,11 @@ __all__ = [
     "Energy",
     "Guard",
     "GuardCallback",
+    "InfLoRA",
     "LinearSchedule",
+    "NullRatio",
+    "OLoRA",
     "SiteCertificate",
+    "TensorPlan",
+    "merge_branches",
 ]

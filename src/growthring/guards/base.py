@@ -25,7 +25,7 @@ class SiteCertificate:
 
     Attributes:
         name: Qualified name of the parameter.
-        kind: ``"lora_A"``, ``"lora_B"`` or ``"linear"``.
+        kind: Kind of site, as ``energy`` of :class:`~growthring.PEGP` names it.
         dim: Dimension of its feature space.
         rank: Directions protected from now on.
         free: Directions left to learn in, ``dim - rank``.
@@ -117,6 +117,16 @@ class Guard(ABC):
     @abstractmethod
     def begin_task(self, task: str | None = None) -> None:
         """Anchor the parameters; the guarantee is about the difference from here on."""
+
+    def prepare(self, task: str | None, batches: Iterable[Any]) -> None:  # noqa: B027
+        """Look at a task's training inputs before it trains, and before :meth:`begin_task`.
+
+        Called by :class:`~growthring.ContinualTrainer` after :meth:`attach`. It may change which parameters train.
+
+        Args:
+            task: Name of the task.
+            batches: As :meth:`end_task` gets them: a sample of the training rows.
+        """
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor | None:
         """A term to add to the loss, or ``None``."""

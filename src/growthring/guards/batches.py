@@ -7,11 +7,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from growthring.errors import DataError, NumericalError
 
-__all__ = ["evaluating", "head_of", "mask_for", "masks_apply", "output_of", "relative_change", "run_model", "size_of"]
+__all__ = [
+    "answer_of",
+    "evaluating",
+    "head_of",
+    "mask_for",
+    "masks_apply",
+    "output_of",
+    "relative_change",
+    "run_model",
+    "size_of",
+]
 
 
 @contextlib.contextmanager
@@ -79,6 +90,16 @@ def output_of(outputs: Any) -> Tensor | None:
     if isinstance(outputs, tuple | list):
         return next((o for o in outputs if isinstance(o, Tensor) and o.ndim), None)
     return None
+
+
+def answer_of(model: nn.Module, batch: Any) -> Tensor | None:
+    """What the model makes of a batch, without the rows that PEFT's prompt tuning puts in front of the tokens."""
+    answer = output_of(run_model(model, batch))
+    if answer is None or answer.ndim != 3 or not isinstance(model, PeftModel):
+        return answer
+    config = model.active_peft_config
+    prompt = config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
+    return answer[:, config.num_virtual_tokens :] if prompt else answer
 
 
 def masks_apply(model: nn.Module) -> bool:

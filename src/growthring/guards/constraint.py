@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from growthring.errors import GuardError
 from growthring.subspace import Subspace, SubspaceBank
 
-from .sites import Site
+from .site import Site
 
 __all__ = ["Constraint", "Leak"]
 
@@ -23,8 +23,27 @@ class Leak(NamedTuple):
     rounding: float
 
 
+class _Pass:
+    """Sites that share no element, with their spaces stacked."""
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self.spaces: list[Subspace] = []
+        self.bank = SubspaceBank([], [])
+
+    def touches(self, site: Site) -> bool:
+        return any(other.parameter == site.parameter and _overlap(other, site) for other in self.sites)
+
+    def stack(self, anchors: Mapping[str, Tensor]) -> None:
+        views = [site.read(anchors) for site in self.sites]
+        self.bank = SubspaceBank(self.spaces, [(v.shape[0], v.shape[1]) for v in views], device=views[0].device)
+
+
 class Constraint:
     """``theta = theta_0 + D - (D U) U^T`` at every guarded site, and ``theta = theta_0`` for what is held.
+
+    Two sites may lie on one tensor, along its rows and along its columns (prompts): their projections commute, and are
+    applied one after the other.
 
     Args:
         parameters: The model's parameters by name.
@@ -32,6 +51,7 @@ class Constraint:
         spaces: Their protected spaces, one a site.
         held: Names of parameters that keep their values.
         before: The constraint that this one continues; where it has an anchor, that anchor stays.
+        exact: Re-project the update after every step; otherwise only gradients are trimmed.
     """
 
     def __init__(
@@ -41,53 +61,70 @@ class Constraint:
         spaces: Sequence[Subspace],
         held: Iterable[str],
         before: Constraint | None = None,
+        *,
+        exact: bool = True,
     ) -> None:
-        self._parameters = dict(parameters)
+        self._parameters, self._exact = dict(parameters), exact
         self.guarded, self._spaces = list(guarded), list(spaces)
         old: dict[str, Tensor] = {**before.anchors, **before.held} if before is not None else {}
-        self.anchors: dict[str, Tensor] = {
-            s.name: old[s.name] if s.name in old else self._copy(s.name) for s in self.guarded
-        }
-        self.held: dict[str, Tensor] = {name: old[name] if name in old else self._copy(name) for name in held}
-        self._bank: SubspaceBank | None = None
-        if self.guarded:
-            views = [s.view(self.anchors[s.name]) for s in self.guarded]
-            self._bank = SubspaceBank(spaces, [(v.shape[0], v.shape[1]) for v in views], device=views[0].device)
+        tensors = dict.fromkeys(name for site in self.guarded for name in site.tensors)
+        self.anchors: dict[str, Tensor] = {n: old[n] if n in old else self._copy(n) for n in tensors}
+        self.held: dict[str, Tensor] = {n: old[n] if n in old else self._copy(n) for n in held}
+        self._passes: list[_Pass] = []
+        for site, space in zip(self.guarded, self._spaces, strict=True):
+            part = next((p for p in self._passes if not p.touches(site)), None)
+            if part is None:
+                part = _Pass()
+                self._passes.append(part)
+            part.sites.append(site)
+            part.spaces.append(space)
+        for part in self._passes:
+            part.stack(self.anchors)
 
     @torch.no_grad()
     def trim(self) -> None:
         """Project the gradients of guarded sites; gradients of held tensors become zero."""
+        gradients = {n: self._parameters[n].grad for n in (*self.anchors, *self.held)}
         for name in self.held:
-            gradient = self._parameters[name].grad
+            gradient = gradients[name]
             if gradient is not None:
                 gradient.zero_()
-        gradients = [self._parameters[s.name].grad for s in self.guarded]
-        present = [(s, u, g) for s, u, g in zip(self.guarded, self._spaces, gradients, strict=True) if g is not None]
-        if self._bank is not None and len(present) == len(gradients):
-            self._bank.reject_([s.view(g) for s, _, g in present])
-            return
-        for site, space, gradient in present:
-            space.reject_(site.view(gradient))
+        present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        for part in self._passes:
+            if all(name in present for site in part.sites for name in site.tensors):
+                matrices = [site.read(present) for site in part.sites]
+                part.bank.reject_(matrices)
+                _write(part.sites, present, matrices)
+                continue
+            for site, space in zip(part.sites, part.spaces, strict=True):
+                if all(name in present for name in site.tensors):
+                    matrix = site.read(present)
+                    space.reject_(matrix)
+                    site.write(present, matrix)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Re-project the update since the anchor, and put back what is held."""
         for name, anchor in self.held.items():
             self._parameters[name].copy_(anchor)
-        if self._bank is None:
+        if not self._exact:
             return
-        now = [s.view(self._parameters[s.name]) for s in self.guarded]
-        self._bank.reject_updates_(now, [s.view(self.anchors[s.name]) for s in self.guarded])
+        for part in self._passes:
+            now = [site.read(self._parameters) for site in part.sites]
+            part.bank.reject_updates_(now, [site.read(self.anchors) for site in part.sites])
+            _write(part.sites, self._parameters, now)
 
     def leaks(self) -> dict[str, Leak]:
-        """What of every guarded site's update so far lies in its protected space, in float64."""
+        """What of every guarded site's update so far lies in its protected space, in float64, by site."""
         leaks: dict[str, Leak] = {}
+        now = {name: self._parameters[name].detach().double() for name in self.anchors}
+        then = {name: anchor.double() for name, anchor in self.anchors.items()}
         for site, space in zip(self.guarded, self._spaces, strict=True):
-            parameter, anchor = self._parameters[site.name].detach(), self.anchors[site.name].double()
-            delta = parameter.double() - anchor
+            anchor = site.read(then)
+            delta = site.read(now) - anchor
             size = float(delta.norm())
-            rounding = torch.finfo(parameter.dtype).eps / 2 * float(anchor.norm()) / size if size else 0.0
-            leaks[site.name] = Leak(space.share(site.view(delta)), rounding)
+            eps = torch.finfo(self._parameters[site.parameter].dtype).eps
+            leaks[site.name] = Leak(space.share(delta), eps / 2 * float(anchor.norm()) / size if size else 0.0)
         return leaks
 
     def moved(self) -> list[str]:
@@ -119,3 +156,14 @@ class Constraint:
     def _copy(self, name: str) -> Tensor:
         value = self._parameters[name].detach()
         return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+
+def _overlap(one: Site, other: Site) -> bool:
+    if one.columns is None or other.columns is None:
+        return True
+    return one.columns[0] < other.columns[1] and other.columns[0] < one.columns[1]
+
+
+def _write(sites: Sequence[Site], tensors: Mapping[str, Tensor], matrices: Sequence[Tensor]) -> None:
+    for site, matrix in zip(sites, matrices, strict=True):
+        site.write(tensors, matrix)

@@ -1,4 +1,4 @@
-"""How much of the old features' energy is protected: a number, one per kind of site, a schedule, or chosen on data."""
+"""How much of the old features' energy is protected: a number, one per kind of site, a rule, or chosen on data."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from growthring.errors import ConfigError, nearest
 
-__all__ = ["CANDIDATES", "DEFAULT_ENERGY", "KINDS", "Energy", "LinearSchedule", "energy_for", "parse_energy"]
+__all__ = [
+    "CANDIDATES",
+    "DEFAULT_ENERGY",
+    "KINDS",
+    "Energy",
+    "LinearSchedule",
+    "NullRatio",
+    "energy_for",
+    "parse_energy",
+]
 
-KINDS = ("lora_A", "lora_B", "linear")
+KINDS = (
+    "lora_A",
+    "lora_B",
+    "adapter_down",
+    "adapter_up",
+    "prefix_key",
+    "prefix_value",
+    "prompt_key",
+    "prompt_value",
+    "ia3",
+    "linear",
+)
 """Kinds of sites that PEGP protects."""
 
 
@@ -44,17 +67,61 @@ class LinearSchedule:
         return self.start + (self.end - self.start) * share
 
 
-OneEnergy = float | LinearSchedule
+@dataclass(frozen=True)
+class NullRatio:
+    """Protects every direction whose energy is above ``times`` the smallest: the rest counts as the null space.
+
+    The rule of Adam-NSCL (Wang et al. 2021, "Training Networks in Null Space of Feature Covariance for Continual
+    Learning", CVPR), applied to what earlier tasks left free, so that the protected space only ever grows.
+
+    Attributes:
+        times: At least 1; the paper takes 10, and 30 for twenty tasks.
+    """
+
+    times: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.times, bool) or not isinstance(self.times, int | float) or not self.times >= 1.0:
+            raise ConfigError(f"NullRatio(times={self.times!r}): must be a number, at least 1")
+
+    def protected(self, energies: Tensor) -> int:
+        """How many of the free directions with these energies are to be protected."""
+        if energies.numel() == 0:
+            return 0
+        noise = energies.max() * energies.numel() * torch.finfo(torch.float64).eps
+        return int((energies > self.times * energies.min().clamp_min(noise)).sum())
+
+
+OneEnergy = float | LinearSchedule | NullRatio
 Energy = OneEnergy | Mapping[str, OneEnergy] | Literal["auto"]
 
-DEFAULT_ENERGY: Mapping[str, float] = {"lora_A": 0.95, "lora_B": 0.90, "linear": 0.80}
+DEFAULT_ENERGY: Mapping[str, float] = {
+    "lora_A": 0.95,
+    "lora_B": 0.90,
+    "adapter_down": 0.95,
+    "adapter_up": 0.90,
+    "prefix_key": 0.90,
+    "prefix_value": 0.90,
+    "prompt_key": 0.90,
+    "prompt_value": 0.90,
+    "ia3": 0.90,
+    "linear": 0.80,
+}
 """Used where a mapping leaves a kind out."""
 
+_WIDE, _NARROW = ("lora_A", "adapter_down"), ("lora_B", "adapter_up")
+
+
+def _candidate(wide: float, narrow: float, linear: float, rest: float) -> Mapping[str, float]:
+    chosen = dict.fromkeys(_WIDE, wide) | dict.fromkeys(_NARROW, narrow) | {"linear": linear}
+    return {kind: chosen.get(kind, rest) for kind in KINDS}
+
+
 CANDIDATES: tuple[Mapping[str, float], ...] = (
-    {"lora_A": 0.99, "lora_B": 0.97, "linear": 0.95},
-    {"lora_A": 0.95, "lora_B": 0.90, "linear": 0.90},
-    {"lora_A": 0.90, "lora_B": 0.70, "linear": 0.80},
-    {"lora_A": 0.80, "lora_B": 0.50, "linear": 0.70},
+    _candidate(0.99, 0.97, 0.95, 0.97),
+    _candidate(0.95, 0.90, 0.90, 0.90),
+    _candidate(0.90, 0.70, 0.80, 0.80),
+    _candidate(0.80, 0.50, 0.70, 0.60),
 )
 """What ``energy="auto"`` tries at the first task boundary, most protective first."""
 
@@ -63,11 +130,11 @@ def parse_energy(value: Any) -> Energy:
     """Check an energy given by a user or read from a file.
 
     Args:
-        value: A number in (0, 1]; a :class:`LinearSchedule` or ``{"start", "end", "tasks"}``; a mapping from kinds of
-            sites to either; or ``"auto"``.
+        value: A number in (0, 1]; a :class:`LinearSchedule` or ``{"start", "end", "tasks"}``; a :class:`NullRatio` or
+            ``{"times"}``; a mapping from kinds of sites to any of these; or ``"auto"``.
 
     Returns:
-        The same, with schedules as :class:`LinearSchedule`.
+        The same, with rules as objects.
 
     Raises:
         ConfigError: On anything else, saying what is allowed.
@@ -76,7 +143,7 @@ def parse_energy(value: Any) -> Energy:
         return "auto"
     if isinstance(value, str) or value is None:
         raise ConfigError(f"energy={value!r}: give a number in (0, 1], a mapping over {', '.join(KINDS)}, or 'auto'")
-    if isinstance(value, Mapping) and "start" not in value:
+    if isinstance(value, Mapping) and "start" not in value and "times" not in value:
         if not value:
             raise ConfigError(f"energy={{}}: name at least one of {', '.join(KINDS)}")
         for kind in value:
@@ -86,17 +153,21 @@ def parse_energy(value: Any) -> Energy:
     return _parse_one(value, "energy")
 
 
-def energy_for(energy: Energy, kind: str, task_index: int) -> float:
-    """The threshold for one kind of site after one task."""
+def energy_for(energy: Energy, kind: str, task_index: int) -> float | NullRatio:
+    """The threshold, or the rule, for one kind of site after one task."""
     if energy == "auto":
         raise ConfigError("energy='auto' has not been chosen yet")
     one: Any = energy.get(kind, DEFAULT_ENERGY[kind]) if isinstance(energy, Mapping) else energy
+    if isinstance(one, NullRatio):
+        return one
     return one.at(task_index) if isinstance(one, LinearSchedule) else float(one)
 
 
 def _parse_one(value: Any, where: str) -> OneEnergy:
-    if isinstance(value, LinearSchedule):
+    if isinstance(value, LinearSchedule | NullRatio):
         return value
+    if isinstance(value, Mapping) and set(value) == {"times"}:
+        return NullRatio(value["times"])
     if isinstance(value, Mapping):
         unknown = set(value) - {"start", "end", "tasks"}
         if unknown or set(value) != {"start", "end", "tasks"}:

@@ -16,12 +16,13 @@ from growthring.errors import GuardError
 from growthring.subspace import SecondMoment, Subspace
 
 from .base import SiteCertificate
-from .batches import head_of, mask_for, masks_apply, output_of, relative_change, run_model, size_of
+from .batches import answer_of, head_of, mask_for, masks_apply, relative_change, run_model, size_of
 from .constraint import Leak
-from .energy import Energy, energy_for
-from .sites import Key, Site, capture, group_by_input
+from .energy import Energy, NullRatio, energy_for
+from .features import Key, capture, group_by_input, jacobians
+from .site import Site
 
-__all__ = ["Collected", "FeatureMemory", "Probes"]
+__all__ = ["Collected", "FeatureMemory", "Probes", "collect", "needs_everything"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,11 @@ class FeatureMemory:
         """The protected space of a site, or ``None`` while it has none."""
         return self.spaces.get(self.site_space.get(site, ""))
 
+    @property
+    def dims(self) -> dict[str, int]:
+        """Feature dimension of every site, by name."""
+        return {site: self.spaces[space].dim for site, space in self.site_space.items()}
+
     def protects(self, site: str) -> bool:
         """True when at least one direction of the site's features is protected."""
         space = self.space(site)
@@ -102,17 +108,20 @@ class FeatureMemory:
             raise GuardError(
                 "PEGP: no protected module saw any feature while the model ran; check what the batches feed"
             )
-        grown: list[tuple[Site, float, float]] = []
+        grown: list[tuple[Site, float | NullRatio, float]] = []
         for group in collected.groups:
-            lead, moment = group[0].name, collected.moments[group[0].name]
-            target = max(energy_for(energy, s.kind, index) for s in group)
+            lead, moment = group[0], collected.moments[group[0].name]
+            target = _strictest(energy_for(energy, s.kind, index) for s in group)
             for name, members in self._by_space(group).items():
                 captured = 1.0
                 if moment.trace > 0.0:
-                    parameter = like[lead]
+                    parameter = like[lead.parameter]
                     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
                     space = self.spaces.setdefault(name, Subspace(moment.dim, dtype=dtype, device=parameter.device))
-                    captured = space.grow(moment, energy=target).energy
+                    captured = _grow(space, moment, target)
+                    if lead.kind == "prompt_key" and bool(parameter.any()):
+                        # strict: the norms' scale; paper: the P of [X; P]. See prompts.py
+                        space.grow(parameter.detach().to(dtype), energy=1.0)
                 elif name not in self.spaces:
                     logger.info("PEGP: %s saw no features, so it is not protected yet", name)
                     continue
@@ -124,7 +133,7 @@ class FeatureMemory:
             leak, rounding = leaks.get(site.name, (None, None))
             certificates.append(
                 SiteCertificate(
-                    site.name, site.kind, space.dim, space.rank, space.free, target, captured, leak, rounding
+                    site.name, site.kind, space.dim, space.rank, space.free, _share(target), captured, leak, rounding
                 )
             )
         return certificates
@@ -177,7 +186,7 @@ class Probes:
         probe = head_of(batch, self.each)
         if isinstance(probe, Mapping):
             probe = {key: value for key, value in probe.items() if _storable(value)}
-        answer = output_of(run_model(model, probe))
+        answer = answer_of(model, probe)
         if answer is not None:
             self.kept.append((probe, answer.detach().cpu().clone()))
 
@@ -185,7 +194,7 @@ class Probes:
         """Worst ``max |new - old| / max |old|`` over the tasks; ``None`` without probes."""
         changes = []
         for batch, old in self.kept:
-            new = output_of(run_model(model, batch))
+            new = answer_of(model, batch)
             if new is not None:
                 changes.append(relative_change(new, old, mask_for(old, batch) if masks_apply(model) else None))
         return max(changes, default=None)
@@ -221,6 +230,7 @@ def collect(
     generator = torch.Generator().manual_seed(0)
     first: Any = None
     current: Any = None
+    keys: dict[str, Tensor] = {}
     fed: dict[tuple[str, Key], Tensor] = {}  # what this batch gave already; kept alive, so that keys stay true
     seen, expected, masked = 0, samples, masks_apply(model)
 
@@ -228,11 +238,13 @@ def collect(
         if (lead[site.name], key) in fed:
             return
         fed[lead[site.name], key] = features
-        mask = mask_for(features, current) if masked else None
+        mask = mask_for(features, current) if masked and site.slots is None else None
         rows = features.reshape(-1, features.shape[-1])
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
         moment = collected.moments[lead[site.name]]
+        if site.bias:
+            rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
         keep = math.ceil(max(ROWS, ROWS_PER_DIM * moment.dim) * size_of(current) / expected)
         if moment.form != "root" and keep < rows.shape[0]:
             rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
@@ -246,9 +258,10 @@ def collect(
             expected = min(samples, max(1, operator.length_hint(batches)) * take) if take < samples else take
             collected.groups = group_by_input(model, sites, current)
             for group in collected.groups:
-                collected.moments[group[0].name] = _moment(group[0].dim, any(s.name in exact for s in group))
+                collected.moments[group[0].name] = _moment(group[0], any(s.name in exact for s in group))
                 lead.update({site.name: group[0].name for site in group})
-        with capture(model, sites, sink):
+            keys = jacobians(model, sites, current)
+        with capture(model, sites, current, sink, keys):
             run_model(model, current)
         fed.clear()
         seen += take
@@ -267,8 +280,32 @@ def _storable(value: Any) -> bool:
     return value is None or isinstance(value, Tensor | bool | int | float | str)
 
 
-def _moment(dim: int, exact: bool) -> SecondMoment:
+def _moment(site: Site, exact: bool) -> SecondMoment:
     """The cheapest form that resolves what is asked for."""
-    if dim > SKETCH_ABOVE:
-        return SecondMoment(dim, form="sketch")
-    return SecondMoment(dim, form="root") if exact else SecondMoment(dim, products=torch.float32)
+    if site.scales:
+        return SecondMoment(site.dim, form="diagonal")
+    if site.dim > SKETCH_ABOVE:
+        return SecondMoment(site.dim, form="sketch")
+    return SecondMoment(site.dim, form="root") if exact else SecondMoment(site.dim, products=torch.float32)
+
+
+def _strictest(targets: Iterable[float | NullRatio]) -> float | NullRatio:
+    """The target that protects most of those that share a basis."""
+    return max(targets, key=lambda t: (isinstance(t, NullRatio), -t.times if isinstance(t, NullRatio) else t))
+
+
+def _grow(space: Subspace, moment: SecondMoment, target: float | NullRatio) -> float:
+    """Grow a space to its target; returns the captured share of the energy."""
+    if isinstance(target, NullRatio):
+        values, _ = moment.residual_spectrum(space)
+        return space.grow(moment, rank=target.protected(values)).energy
+    return space.grow(moment, energy=target).energy
+
+
+def needs_everything(target: float | NullRatio) -> bool:
+    """True for targets that ask for directions far below the largest."""
+    return isinstance(target, NullRatio) or target > EXACT_ABOVE
+
+
+def _share(target: float | NullRatio) -> float:
+    return 0.0 if isinstance(target, NullRatio) else target

@@ -8,7 +8,7 @@ With ``U`` an orthonormal basis of the old features, a step does
     theta <- theta_0 + D - (D U) U^T        after it, with D = theta - theta_0: exact for any optimizer
 
 The second line is what the published code lacks: Adam's element-wise scaling, weight decay and old momentum all rotate
-a projected gradient back into the protected space.
+a projected gradient back into the protected space. What ``x`` is for prefixes and prompts stands in :mod:`.prompts`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from growthring.errors import ConfigError, DataError, GuardError
+from growthring.errors import ConfigError, DataError, GuardError, nearest
 
 from . import marks, storage
-from .base import LEAK_LIMIT, Certificate, Guard
+from .base import LEAK_LIMIT, Certificate, Guard, GuardCallback
 from .batches import evaluating
 from .constraint import Constraint, Leak
-from .energy import CANDIDATES, Energy, energy_for, parse_energy
-from .memory import EXACT_ABOVE, Collected, FeatureMemory, Probes, collect
-from .sites import Site, find_sites, original_name, unprotected
+from .energy import CANDIDATES, KINDS, Energy, energy_for, parse_energy
+from .memory import Collected, FeatureMemory, Probes, collect, needs_everything
+from .plan import TensorPlan, plan
+from .site import Mode, original_name
+from .sites import find_sites
+from .survey import Survey
 
 __all__ = ["PEGP"]
 
@@ -42,21 +45,31 @@ _NARROW = (torch.float16, torch.bfloat16)
 class PEGP(Guard):
     """Keeps trained matrices exactly out of the feature space of earlier tasks.
 
-    Sites are the two factors of every trainable LoRA layer and every other trainable ``nn.Linear`` or ``Conv1D``
-    weight. Trainable tensors that no condition protects (biases, norms, embeddings) are held at their values from the
-    second task on, since a guarantee with a hole is none.
+    Sites are the two factors of every trainable LoRA layer, both matrices of a bottleneck adapter with their biases,
+    PEFT's prefixes, prompts and IA3 scales, prefixes and prompts of vision models, and every other trainable
+    ``nn.Linear`` or ``Conv1D`` weight. Trainable tensors that no condition protects (biases, norms, embeddings) are
+    held at their values from the second task on, since a guarantee with a hole is none. :meth:`explain` says before
+    training what happens to which tensor.
 
     Args:
         energy: Share of the old features' energy (sigma squared, not centred) to protect, in (0, 1]: one number, one
             for each kind of site (``{"lora_A": 0.95, "lora_B": 0.9, "linear": 0.8}``), a :class:`LinearSchedule` over
-            tasks in place of any number, or ``"auto"``: chosen on validation data at the first task boundary, by
-            :class:`~growthring.ContinualTrainer` or :meth:`tune`. 1.0 protects every direction above rounding noise.
-            Default 0.95.
+            tasks or a :class:`NullRatio` in place of any number, or ``"auto"``: chosen on validation data at the first
+            task boundary, by :class:`~growthring.ContinualTrainer` or :meth:`tune`. 1.0 protects every direction above
+            rounding noise. Default 0.95.
+        mode: ``"strict"`` (default): conditions that keep what old inputs compute. ``"paper"``: those of the paper's
+            equations, which for prefixes and prompts do not; for comparison.
+        project: ``"update"`` (default): exact for any optimizer. ``"gradient"``: only gradients are projected, as
+            published code does; Adam and weight decay then leak, and certificates show how much. For comparison.
+        kinds: Kinds of sites to protect; default all. The others train freely.
+        merge: Weight of a freely trained copy that :class:`~growthring.ContinualTrainer` mixes in after every guarded
+            task, in [0, 1); default 0. The paper's journal version takes 0.5. What it lets through is in the leak.
         samples: Examples whose features are collected at the end of a task; default 256.
         probes: Inputs of each task kept, on the CPU, to *measure* how far outputs drift; never trained on. Default 8;
             0 keeps no input at all.
         max_probe_tasks: Tasks whose probes are kept; the oldest stay. Default 32.
-        unprotected: ``"hold"`` (default) or ``"allow"`` trainable tensors without a condition to move.
+        unprotected: Trainable tensors without a condition: ``"hold"`` them from the second task on (default),
+            ``"freeze"`` them from the start, or ``"allow"`` them to move.
         candidates: What ``"auto"`` tries, most protective first.
 
     Raises:
@@ -78,6 +91,10 @@ class PEGP(Guard):
         self,
         energy: Energy | float | Mapping[str, Any] | str = 0.95,
         *,
+        mode: str = "strict",
+        project: str = "update",
+        kinds: Sequence[str] | None = None,
+        merge: float = 0.0,
         samples: int = 256,
         probes: int = 8,
         max_probe_tasks: int = 32,
@@ -90,8 +107,21 @@ class PEGP(Guard):
                 f"PEGP(samples={samples}, probes={probes}, max_probe_tasks={max_probe_tasks}): samples must be at "
                 "least 1, the others at least 0"
             )
-        if unprotected not in ("hold", "allow"):
-            raise ConfigError(f"PEGP(unprotected={unprotected!r}): allowed are 'hold' and 'allow'")
+        for what, value, allowed in (
+            ("mode", mode, ("strict", "paper")),
+            ("project", project, ("update", "gradient")),
+            ("unprotected", unprotected, ("hold", "allow", "freeze")),
+            *(("kinds", kind, KINDS) for kind in ([kinds] if isinstance(kinds, str) else kinds or ())),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"PEGP({what}={value!r}): {nearest(str(value), allowed)}")
+        if isinstance(merge, bool) or not 0.0 <= merge < 1.0:
+            raise ConfigError(f"PEGP(merge={merge!r}): the weight of the free copy must be in [0, 1)")
+        if isinstance(kinds, str) or (kinds is not None and not kinds):
+            raise ConfigError(f"PEGP(kinds={kinds!r}): give a list with at least one of {', '.join(KINDS)}")
+        self.mode = cast(Mode, mode)
+        self.project, self.merge = project, float(merge)
+        self.kinds = tuple(kinds) if kinds is not None else None
         self.candidates = tuple(parse_energy(c) for c in candidates)
         if not self.candidates or any(c == "auto" for c in self.candidates):
             raise ConfigError(f"PEGP(candidates={candidates!r}): give at least one energy to try, none of them 'auto'")
@@ -104,9 +134,8 @@ class PEGP(Guard):
         self._pending: tuple[FeatureMemory, Collected] | None = None
         self._marks: dict[str, float] = {}
         self._known: set[str] = set()
-        self._model: nn.Module | None = None
-        self._sites: list[Site] = []
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._frozen: set[str] = set()
+        self._survey: Survey | None = None
         self._task: Constraint | None = None  # None while no task is under way
 
     # --- the contract -------------------------------------------------------------------------------------------
@@ -118,43 +147,28 @@ class PEGP(Guard):
             GuardError: If nothing trainable can be protected, the weights are not there yet (meta device), or a
                 stored memory belongs to another model.
         """
-        sites = find_sites(model, self._memory.site_space)
-        names = {original_name(n): p for n, p in model.named_parameters()}
-        trainable = [n for n, p in names.items() if p.requires_grad]
-        if not trainable:
-            raise GuardError(
-                "PEGP: no parameter of the model is trainable. Add an adapter (peft.get_peft_model) or set "
-                "requires_grad on the weights that should learn; a PEFT model loaded for inference needs "
-                "is_trainable=True"
-            )
-        if not any(names[s.name].requires_grad for s in sites):
-            raise GuardError(
-                f"PEGP found no LoRA factor and no linear weight among the {len(trainable)} trainable tensors "
-                f"(the first: {', '.join(trainable[:3])}). It protects LoRA on linear layers and plain linear weights"
-            )
-        absent = [n for n in trainable if names[n].is_meta]
-        if absent:
-            raise GuardError(
-                f"PEGP: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load "
-                "the weights first"
-            )
-        found = {s.name for s in sites}
-        missing = [n for n in self._memory.site_space if n not in found]
-        if missing:
-            raise GuardError(
-                f"the memory protects {len(self._memory.site_space)} tensors, and {len(missing)} of them are not in "
-                f"this model (the first: {missing[0]}). Attach it to the model it was made with, wrapped the same way"
-            )
-        for site in sites:
-            space = self._memory.space(site.name)
-            if space is not None and space.dim != site.dim:
-                raise GuardError(
-                    f"{site.name} sees {site.dim} features, but the memory holds a basis of R^{space.dim}"
-                )
-        ours = self._parameters
-        if names.keys() != ours.keys() or any(p is not ours[n] for n, p in names.items()):
+        found = Survey(model, self._memory, self.mode, self.kinds)
+        ours = self._survey.parameters if self._survey is not None else {}
+        if found.parameters.keys() != ours.keys() or any(p is not ours[n] for n, p in found.parameters.items()):
             self._task = None
-        self._model, self._sites, self._parameters = model, sites, names
+        self._survey = found
+        if self.unprotected == "freeze":
+            self._frozen.update(found.freeze())
+
+    def explain(self, model: nn.Module | None = None) -> tuple[TensorPlan, ...]:
+        """What happens to every trainable tensor, and why; before training or at any time.
+
+        Args:
+            model: Looked at without being attached; default the attached one.
+
+        Raises:
+            GuardError: If there is neither, or the model has tuners that no condition protects.
+        """
+        model = model if model is not None else self._attached().model
+        policy = cast(Literal["hold", "allow", "freeze"], self.unprotected)
+        names = {original_name(n): p for n, p in model.named_parameters()}
+        sites = find_sites(model, self._memory.dims, self.mode)
+        return plan(names, sites, self.kinds, self.mode, policy, self._frozen)
 
     def begin_task(self, task: str | None = None) -> None:
         """Anchor every protected tensor where it is now, or where it was if this task is under way already.
@@ -162,13 +176,13 @@ class PEGP(Guard):
         Raises:
             GuardError: If the guard is not attached, or ``energy="auto"`` still has to be chosen.
         """
-        model = self._attached()
+        self._attached()
         if self._pending is not None and self.energy == "auto":
             raise GuardError(
                 "energy='auto' has to be chosen before the second task: let gr.ContinualTrainer do it, call "
                 "guard.tune(trial) with a function that trains and scores one candidate, or give a number"
             )
-        self._enter(model)
+        self._enter()
 
     def before_step(self) -> None:
         """Project the gradients of protected tensors; gradients of held ones become zero."""
@@ -192,8 +206,8 @@ class PEGP(Guard):
         Raises:
             GuardError: If ``batches`` gives nothing.
         """
-        model = self._attached()
-        index = len(self.tasks)
+        attached = self._attached()
+        model, index = attached.model, len(self.tasks)
         task = task or f"task-{index + 1}"
         leaks = self._task.leaks() if self._task else {}
         held = len(self._task.held) if self._task else 0
@@ -202,10 +216,10 @@ class PEGP(Guard):
             notes.append("this task was trained without the guard: nothing was protected meanwhile")
         with evaluating(model):
             change, compared = self._probes.change(model), self._probes.inputs
-            collected = collect(model, self._sites, batches, self.samples, self._exact_sites(index), self._probes)
+            collected = collect(model, attached.sites, batches, self.samples, self._exact_sites(index), self._probes)
             before = self._memory.copy() if self.energy == "auto" else None
             energy: Energy = self.candidates[0] if self.energy == "auto" else self.energy
-            sites = self._memory.grow(collected, energy, index, self._parameters, leaks)
+            sites = self._memory.grow(collected, energy, index, attached.parameters, leaks)
         if before is not None:
             self._pending = (before, collected)
             notes.append("energy='auto' is not chosen yet: these ranks are those of the most protective candidate")
@@ -244,7 +258,7 @@ class PEGP(Guard):
 
         Calling it on a reference set before any training protects the pretrained model's behaviour there.
         """
-        if self._model is not model:
+        if self._survey is None or self._survey.model is not model:
             self.attach(model)
         return self.end_task(task, batches)
 
@@ -278,6 +292,18 @@ class PEGP(Guard):
         self._take(before, collected, self.candidates[scores.index(max(scores))])
         self._pending = None
         return self.energy
+
+    def callback(self, *, loss_added: bool = False) -> GuardCallback:
+        """As every guard's.
+
+        Raises:
+            GuardError: With ``merge`` above 0 for a plain Trainer, which trains no second copy.
+        """
+        if self.merge and not loss_added:
+            raise GuardError(
+                f"PEGP(merge={self.merge}) trains every task twice: use gr.ContinualTrainer, not a plain Trainer"
+            )
+        return super().callback(loss_added=loss_added)
 
     def exhausted(self) -> bool:
         """True when every site is protected and no free direction is left at any of them."""
@@ -319,6 +345,10 @@ class PEGP(Guard):
             "probes": self._probes.each,
             "max_probe_tasks": self._probes.tasks,
             "unprotected": self.unprotected,
+            "mode": self.mode,
+            "project": self.project,
+            "kinds": list(self.kinds) if self.kinds is not None else None,
+            "merge": self.merge,
             "candidates": [storage.plain(c) for c in self.candidates],
         }
 
@@ -348,7 +378,7 @@ class PEGP(Guard):
         Raises:
             GuardError: If the state needs an attached model and there is none.
         """
-        if ("under_way" in state or "pending" in state) and self._model is None:
+        if ("under_way" in state or "pending" in state) and self._survey is None:
             raise GuardError(
                 "this state was taken inside a task (or before energy='auto' was chosen): attach(model) first, or "
                 "give load_pretrained the model"
@@ -362,65 +392,58 @@ class PEGP(Guard):
             pending = state["pending"]
             self._pending = (
                 FeatureMemory.from_state_dict(pending["memory"]),
-                Collected.from_state_dict(pending["collected"], self._sites),
+                Collected.from_state_dict(pending["collected"], self._attached().sites),
             )
         self._task = None
-        if self._model is not None:
-            self.attach(self._model)
+        if self._survey is not None:
+            self.attach(self._survey.model)
             if "under_way" in state:
                 remembered, self._marks = self._marks, {}  # its tensors have moved since, and rightly so
-                self._enter(self._model).load_state_dict(state["under_way"])
+                self._enter().load_state_dict(state["under_way"])
                 self._marks = remembered
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _attached(self) -> nn.Module:
-        if self._model is None:
+    def _attached(self) -> Survey:
+        if self._survey is None:
             raise GuardError("PEGP is not attached: call guard.attach(model), or pass guard.callback() to the Trainer")
-        return self._model
+        return self._survey
 
     def _under_way(self, caller: str) -> Constraint:
         if self._task is None:
             raise GuardError(f"PEGP.{caller} outside a task: call attach(model) and begin_task() first")
         return self._task
 
-    def _enter(self, model: nn.Module) -> Constraint:
+    def _enter(self) -> Constraint:
         """A task is under way: anchor, hold, and stack the bases."""
+        attached = self._attached()
         if self._task is None:
             self._changed()
-        training = [s for s in self._sites if self._parameters[s.name].requires_grad]
-        spaces = {s.name: self._memory.space(s.name) for s in training}
-        guarded = [(s, u) for s in training if (u := spaces[s.name]) is not None and u.rank]
-        covered = {s.name for s, _ in guarded}
-        bare = [s.name for s in training if s.name not in covered]
-        loose = [n for n in (*unprotected(model, self._sites), *bare) if n in self._known]
-        held = loose if self.unprotected == "hold" else []
-        self._task = Constraint(self._parameters, [s for s, _ in guarded], [u for _, u in guarded], held, self._task)
+        guarded, loose = attached.guarded(self._memory, self._known)
+        held = loose if self.unprotected != "allow" else []
+        spaces = [space for _, space in guarded]
+        exact = self.project == "update"
+        self._task = Constraint(attached.parameters, [s for s, _ in guarded], spaces, held, self._task, exact=exact)
         self._tell(self._task, loose)
         return self._task
 
     def _take(self, before: FeatureMemory, collected: Collected, energy: Energy) -> None:
         """Grow the memory of the first task anew, with another energy."""
         self.energy, self._memory = energy, before.copy()
-        self._memory.grow(collected, energy, 0, self._parameters, {})
+        self._memory.grow(collected, energy, 0, self._attached().parameters, {})
         self._mark()
 
     def _exact_sites(self, index: int) -> set[str]:
         asked = self.candidates if self.energy == "auto" else (self.energy,)
-        return {s.name for s in self._sites for e in asked if energy_for(e, s.kind, index) > EXACT_ABOVE}
-
-    def _seen(self) -> marks.Seen:
-        """Every known trainable tensor, features last, with the space that is protected of it (``None``: all)."""
-        views = {s.name: s.view for s in self._sites}
-        known = ((n, p) for n, p in self._parameters.items() if p.requires_grad and n in self._known)
-        return {n: (views[n](p) if n in views else p, self._memory.space(n)) for n, p in known}
+        sites = self._attached().sites
+        return {s.name for s in sites for e in asked if needs_everything(energy_for(e, s.kind, index))}
 
     def _mark(self) -> None:
-        self._marks = marks.take(self._seen())
+        self._marks = marks.take(self._attached().seen(self._memory, self._known))
 
     def _changed(self) -> bool:
         """Warn when what old inputs see has changed since the last consolidation, outside a task."""
-        moved = marks.changed(self._seen(), self._marks)
+        moved = marks.changed(self._attached().seen(self._memory, self._known), self._marks)
         if moved:
             warnings.warn(
                 f"PEGP: {len(moved)} protected tensors changed between consolidation and this task (the first: "
@@ -431,7 +454,7 @@ class PEGP(Guard):
 
     def _tell(self, task: Constraint, loose: list[str]) -> None:
         if not self.tasks:
-            logger.info("PEGP: first task, nothing is protected yet; %d sites will be", len(self._sites))
+            logger.info("PEGP: first task, nothing is protected yet; %d sites will be", len(self._attached().sites))
             return
         if narrow := self._narrow(task):
             warnings.warn(
@@ -443,11 +466,12 @@ class PEGP(Guard):
             warnings.warn("PEGP: no free direction is left at any site; this task cannot change them", stacklevel=4)
         logger.info("PEGP: %d sites guarded, %d tensors held", len(task.guarded), len(task.held))
         if loose:
-            what = "held" if self.unprotected == "hold" else "left free, which the guarantee does not cover"
+            what = "held" if self.unprotected != "allow" else "left free, which the guarantee does not cover"
             logger.info("PEGP: %d trainable tensors have no condition and are %s", len(loose), what)
 
     def _narrow(self, task: Constraint) -> int:
-        return sum(self._parameters[s.name].dtype in _NARROW for s in task.guarded)
+        parameters = self._attached().parameters
+        return sum(parameters[s.parameter].dtype in _NARROW for s in task.guarded)
 
     def _notes(self, leaks: Mapping[str, Leak]) -> list[str]:
         notes = []
@@ -461,10 +485,10 @@ class PEGP(Guard):
                 f"of it (the first: {rounded[0]}); outputs change by rounding only"
             )
         if self.tasks and self.unprotected == "allow":
-            loose = [n for n in unprotected(self._attached(), self._sites) if n in self._known]
+            loose = [n for n in self._attached().loose() if n in self._known]
             if loose:
                 notes.append(f"{len(loose)} trainable tensors were left free: the guarantee does not cover them")
-        fresh = [n for n, p in self._parameters.items() if p.requires_grad and n not in self._known]
+        fresh = [n for n, p in self._attached().parameters.items() if p.requires_grad and n not in self._known]
         if self.tasks and fresh:
             notes.append(
                 f"{len(fresh)} trainable tensors are new in this task: old inputs are covered if they do not use them"

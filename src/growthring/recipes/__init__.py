@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ._method import Method
 from .config import RunConfig, config_schema, load_config, parse_config
 from .demo import demo_runs
-from .methods import METHODS, Method, get_method
+from .methods import METHODS, get_method
 from .runner import build, build_stream, run
+from .sites import explain_sites, group_sites, sites_line
 
 __all__ = [
     "METHODS",
@@ -15,8 +17,11 @@ __all__ = [
     "build_stream",
     "config_schema",
     "demo_runs",
+    "explain_sites",
     "get_method",
+    "group_sites",
     "load_config",
     "parse_config",
     "run",
+    "sites_line",
 ]

@@ -12,12 +12,10 @@ from growthring.errors import ConfigError, nearest
 
 from . import _yaml
 from ._messages import explain
-from .methods import METHODS, Method, get_method
+from .method_settings import TARGET_TAGS, AdapterSettings, GuardSettings, adapter_for, guard_for
+from .methods import METHODS, get_method
 from .settings import (
-    TARGET_TAGS,
     DemoStreamConfig,
-    GuardSettings,
-    LoraSettings,
     Name,
     Section,
     Seed,
@@ -63,7 +61,8 @@ class RunConfig(Section):
     """
 
     model: Name = Field(
-        default="demo:minilm", description="demo:minilm, the folder of an encoder, or its name on the hub."
+        default="demo:minilm",
+        description="demo:minilm, or the folder or hub name of a text encoder, an image encoder or a dual encoder.",
     )
     stream: Stream = Field(default="demo", description="demo, or the tasks to learn.")
     method: Name = Field(
@@ -72,17 +71,30 @@ class RunConfig(Section):
     title: Name | None = Field(
         default=None, description="What tables and pages call this run. Default: the method's title."
     )
-    adapter: LoraSettings | None = Field(default=None, description="The LoRA adapter, for methods that train one.")
+    adapter: AdapterSettings | None = Field(default=None, description="The adapter, for methods that have one.")
     guard: GuardSettings | None = Field(default=None, description="The guard, for methods that have one.")
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="How each task is trained.")
-    head: Literal["label-text", "linear"] = Field(
-        default="label-text",
-        description="label-text: similarity to embedded label names. linear: a head that grows with the classes.",
+    head: Literal["auto", "label-text", "linear"] = Field(
+        default="auto",
+        description="label-text: similarity to embedded label names (class prompts for a dual encoder). linear: a "
+        "head that grows with the classes. auto: label-text where the model reads text.",
+    )
+    classifiers: list[Literal["head", "prototype", "ridge"]] = Field(
+        default=["head"],
+        min_length=1,
+        description="Who answers, from the same features in the same run: the trained head, the nearest class mean, "
+        "ridge regression on random features. The first one fills the main matrix.",
     )
     pooling: Literal["auto", "mean", "cls", "last"] = Field(
         default="auto", description="How token vectors become one."
     )
     max_length: int = Field(default=128, ge=3, description="Tokens kept of a text.")
+    image_size: int | None = Field(
+        default=None, ge=1, description="Pixels of each side of the images that the model is given. Default: its own."
+    )
+    prompt_template: str | None = Field(
+        default=None, description="Class prompt of a dual encoder, with {} for the class. Default: a photo of a {}."
+    )
     seed: Seed = Field(default=0, description="Seed of data order, adapter initialisation and dropout.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: what PyTorch chooses.")
     output: Name | None = Field(
@@ -123,11 +135,12 @@ class RunConfig(Section):
         """Check what depends on the method, then write its defaults in."""
         method = get_method(self.method)
         values: dict[str, Any] = {"title": self.title or method.title, "stream": self._filled_stream()}
-        values["adapter"] = self._filled_adapter(method)
-        values["guard"] = self._filled_guard(method)
+        values["adapter"] = adapter_for(method, self.adapter)
+        values["guard"] = guard_for(method, self.guard, linear_head=self.head != "label-text")
         if self.train.learning_rate is None:
             values["train"] = self.train.model_copy(update={"learning_rate": method.learning_rate})
-        self._check_steps(values["stream"], method)
+        self._check_stream(values["stream"])
+        self._check_steps(values["stream"])
         for name, value in values.items():
             object.__setattr__(self, name, value)
         return self
@@ -136,40 +149,23 @@ class RunConfig(Section):
         stream = DemoStreamConfig(source="demo") if isinstance(self.stream, str) else self.stream
         return stream if stream.seed is not None else stream.model_copy(update={"seed": self.seed})
 
-    def _filled_adapter(self, method: Method) -> LoraSettings | None:
-        if method.adapter == "lora":
-            return self.adapter or LoraSettings()
-        if self.adapter is not None:
-            what = "every linear weight" if method.adapter == "linear" else "every parameter"
+    def _check_stream(self, stream: DemoStreamConfig | StreamConfig) -> None:
+        """Refuse what has no effect, or cannot work, on a stream of this kind."""
+        twice = {name for name in self.classifiers if self.classifiers.count(name) > 1}
+        if twice:
+            raise ConfigError(f"classifiers: {', '.join(sorted(twice))} stands there twice; name each once")
+        images = isinstance(stream, StreamConfig) and stream.images
+        for name in ("image_size", "prompt_template"):
+            if getattr(self, name) is not None and not images:
+                raise ConfigError(f"{name}: has no effect: the stream holds texts. Remove {name}")
+        epochs = self.train.epochs
+        if isinstance(stream, StreamConfig) and stream.scenario == "online-class" and epochs and epochs > 1:
             raise ConfigError(
-                f"adapter: has no effect: the method {method.name!r} trains {what} and has no LoRA adapter. Remove "
-                f"adapter, or choose a method that has one ({_having(lambda m: m.adapter == 'lora')})"
+                f"train.epochs: {epochs:g}: in an online-class stream each training row is seen once; at most 1 is "
+                "allowed, or choose the scenario class"
             )
-        return None
 
-    def _filled_guard(self, method: Method) -> GuardSettings | None:
-        if method.guard is None:
-            if self.guard is not None:
-                raise ConfigError(
-                    f"guard: has no effect: the method {method.name!r} has no guard. Remove guard, or choose a method "
-                    f"that has one ({_having(lambda m: m.guard is not None)})"
-                )
-            return None
-        guard = self.guard or GuardSettings()
-        if guard.energy is None:
-            return guard.model_copy(update={"energy": dict(method.energy)})
-        if isinstance(guard.energy, Mapping) and "start" not in guard.energy:
-            kinds = ["lora_A", "lora_B"] if method.adapter == "lora" else ["linear"]
-            kinds += ["linear"] if self.head == "linear" and "linear" not in kinds else []
-            for kind in guard.energy:
-                if kind not in kinds:
-                    raise ConfigError(
-                        f"guard.energy.{kind}: has no effect: the method {method.name!r} with head {self.head!r} "
-                        f"protects {' and '.join(kinds)}"
-                    )
-        return guard
-
-    def _check_steps(self, stream: DemoStreamConfig | StreamConfig, method: Method) -> None:
+    def _check_steps(self, stream: DemoStreamConfig | StreamConfig) -> None:
         steps = self.train.steps or {}
         if isinstance(stream, DemoStreamConfig) or not steps:
             return
@@ -192,10 +188,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def _having(condition: Any) -> str:
-    return ", ".join(name for name, method in METHODS.items() if condition(method))
 
 
 def parse_config(data: Any, *, where: str = "configuration", base: str | Path | None = None) -> RunConfig:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growthring._io import write_text
-from growthring.errors import ConfigError, nearest
+from growthring.errors import ConfigError
 
 from . import _yaml
+from .adapting import make_adapter, make_guards
 from .config import RunConfig
 from .methods import get_method
-from .settings import DemoStreamConfig, LoraSettings, TaskConfig, TrainSettings
+from .settings import DemoStreamConfig, TaskConfig, TrainSettings
+from .sites import explain_sites, sites_line
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from torch import nn
     from transformers import TrainingArguments
 
     from growthring.streams import Task, TaskStream
@@ -24,10 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = ["PRODUCTS", "build", "build_stream", "check_folder", "run"]
 
+logger = logging.getLogger(__name__)
+
 PRODUCTS = ("results.json", "adapter", "model", "memory")
 """What a finished run leaves behind, and what no other run may land on by accident."""
 
-_TRACES = ("config.yaml", "log.jsonl", "report.html", "tensorboard", "head.json", "head.safetensors")
+_TRACES = (
+    "config.yaml", "log.jsonl", "report.html", "tensorboard", "head.json", "head.safetensors", "classifiers",
+)  # fmt: skip
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 
 
@@ -50,6 +58,7 @@ def build_stream(config: RunConfig) -> TaskStream:
         validation_fraction=stream.validation_fraction,
         seed=stream.seed or 0,
         name=stream.name,
+        reference=_task(stream.reference, stream.seed or 0) if stream.reference is not None else None,
     )
 
 
@@ -77,9 +86,9 @@ def build(
     """
     import torch
 
-    from growthring.guards import PEGP
     from growthring.streams import demo_encoder_path
     from growthring.trainer import ContinualTrainer
+    from growthring.trainer.models import load_encoder
 
     method = get_method(config.method)
     stream = build_stream(config) if stream is None else stream
@@ -91,22 +100,24 @@ def build(
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    guards = []
-    if config.guard is not None:
-        guard = config.guard
-        guards = [PEGP(guard.energy, samples=guard.samples, probes=guard.probes, unprotected=guard.unprotected)]
     args = _arguments(config.train, config.seed, Path(output_dir) if output_dir is not None else None)
-    model = str(demo_encoder_path()) if config.model == "demo:minilm" else config.model
-    _check_modules(config.adapter, model)
+    encoder, tokenizer, _ = load_encoder(str(demo_encoder_path()) if config.model == "demo:minilm" else config.model)
+    _check_model(config, encoder)
+    adapter = make_adapter(method, config.adapter, encoder)
+    template = {} if config.prompt_template is None else {"prompt_template": config.prompt_template}
     return ContinualTrainer(
-        model,
+        encoder,
         stream,
-        adapter=_lora(config.adapter) if config.adapter is not None else method.adapter,
-        guards=guards,
+        adapter=adapter,
+        guards=make_guards(method, config.guard),
         args=args,
+        tokenizer=tokenizer,
         head=config.head,
+        classifiers=config.classifiers,
         pooling=config.pooling,
         max_length=config.max_length,
+        image_size=config.image_size,
+        **template,
         steps=config.train.steps,
         total_steps=config.train.total_steps,
         joint=method.joint,
@@ -162,6 +173,7 @@ def run(
         raise ConfigError(
             f"the run folder {folder} cannot be written: {error.strerror or error}; choose another"
         ) from error
+    logger.info("%s", sites_line(explain_sites(trainer)))
     result = trainer.fit()
     result.report(folder / "report.html")
     return result
@@ -192,42 +204,16 @@ def _remove(path: Path) -> None:
 def _task(task: TaskConfig, seed: int) -> Task:
     from growthring.streams import Task
 
+    columns: dict[str, Any] = {"text": task.text} if task.image is None else {"image": task.image}
+    columns |= {"label": task.label, "labels": task.labels, "label_texts": task.label_texts}
     if task.hub is not None:
-        made = Task.from_hub(
-            task.name,
-            task.hub.path,
-            config=task.hub.config,
-            splits={str(key): split for key, split in task.hub.splits.items()},
-            text=task.text,
-            label=task.label,
-            labels=task.labels,
-            label_texts=task.label_texts,
-        )
+        splits = {str(key): split for key, split in task.hub.splits.items()}
+        made = Task.from_hub(task.name, task.hub.path, config=task.hub.config, splits=splits, **columns)
     else:
-        made = Task(
-            task.name,
-            task.train,
-            task.test,
-            task.validation,
-            text=task.text,
-            label=task.label,
-            labels=task.labels,
-            label_texts=task.label_texts,
-        )
+        made = Task(task.name, task.train, task.test, task.validation, **columns)
     if task.limit is None:
         return made
     return made.limit(train=task.limit.train, validation=task.limit.validation, test=task.limit.test, seed=seed)
-
-
-def _lora(settings: LoraSettings) -> PeftConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-    )
 
 
 def _arguments(train: TrainSettings, seed: int, folder: Path | None) -> TrainingArguments:
@@ -263,28 +249,20 @@ def _arguments(train: TrainSettings, seed: int, folder: Path | None) -> Training
     )
 
 
-def _check_modules(settings: LoraSettings | None, model: str) -> None:
-    """Refuse names that match no linear layer: PEFT ignores them as long as one other name matches."""
-    if settings is None or isinstance(settings.target_modules, str):
-        return
-    names = _linear_names(model)
-    for wanted in settings.target_modules:
-        if names and not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            near = nearest(wanted, {name.split(".")[-1] for name in names})
-            raise ConfigError(f"adapter.target_modules: the model has no linear layer {wanted!r}; {near}")
+def _check_model(config: RunConfig, encoder: nn.Module) -> None:
+    """Refuse settings that have no effect on a model of this kind."""
+    from growthring.trainer.encoders import kind_of
 
-
-def _linear_names(model: str) -> list[str]:
-    """Names of the linear layers of a model, whose weights are not loaded; none if it cannot be read."""
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModel
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        settings = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError):  # the trainer says so, with what to do
-        return []
-    with torch.device("meta"):
-        empty: Any = AutoModel.from_config(settings)
-    return [name for name, module in empty.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    reads, name = kind_of(encoder), type(encoder).__name__
+    if config.prompt_template is not None and reads != "dual":
+        raise ConfigError(
+            f"prompt_template: has no effect: {name} is no dual encoder and reads no class prompts. Remove it"
+        )
+    energy = config.guard.energy if config.guard is not None else None
+    label_text = config.head == "label-text" or (config.head == "auto" and reads != "image")
+    named = [*(energy if isinstance(energy, Mapping) else ()), *((config.guard and config.guard.kinds) or ())]
+    if label_text and "linear" in named and "linear" not in get_method(config.method).kinds:
+        raise ConfigError(
+            "guard: the kind linear has no effect: the only linear weight that could train is a linear head, and the "
+            "head compares with label texts. Remove linear, or choose head: linear"
+        )

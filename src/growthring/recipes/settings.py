@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    PlainValidator,
-    Tag,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -23,10 +18,8 @@ from growthring.errors import ConfigError
 
 __all__ = [
     "DemoStreamConfig",
-    "GuardSettings",
     "HubConfig",
     "LimitConfig",
-    "LoraSettings",
     "Section",
     "StreamConfig",
     "TaskConfig",
@@ -39,27 +32,6 @@ Seed: TypeAlias = Annotated[int, Field(ge=0, le=4_000_000)]
 
 SplitName: TypeAlias = Literal["train", "validation", "test"]
 
-TARGET_TAGS = ("one word", "a list")
-TargetModules: TypeAlias = Annotated[
-    Annotated[Literal["all-linear"], Tag("one word")] | Annotated[list[Name], Field(min_length=1), Tag("a list")],
-    Discriminator(lambda value: "one word" if isinstance(value, str) else "a list"),
-]
-
-_SHARE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-_SCHEDULE: dict[str, Any] = {
-    "type": "object",
-    "properties": {"start": _SHARE, "end": _SHARE, "tasks": {"type": "integer", "minimum": 1}},
-    "required": ["start", "end", "tasks"],
-    "additionalProperties": False,
-}
-_ONE_ENERGY: dict[str, Any] = {"anyOf": [_SHARE, _SCHEDULE]}
-_KINDS: dict[str, Any] = {
-    "type": "object",
-    "properties": dict.fromkeys(("lora_A", "lora_B", "linear"), _ONE_ENERGY),
-    "additionalProperties": False,
-    "minProperties": 1,
-}
-
 
 def _train_and_test() -> dict[SplitName, str]:
     return {"train": "train", "test": "test"}
@@ -69,16 +41,6 @@ def absolute(path: str, info: ValidationInfo) -> str:
     """``path`` made absolute from the folder of the configuration file, or from the current one."""
     base = (info.context or {}).get("base") or Path.cwd()
     return str((Path(base) / Path(path).expanduser()).resolve())
-
-
-def _energy(value: Any) -> Any:
-    """Check with the guard's own rules; keep plain values, which YAML and JSON can hold."""
-    from growthring.guards.energy import parse_energy
-
-    parse_energy(value)
-    if isinstance(value, Mapping):
-        return {key: dict(one) if isinstance(one, Mapping) else one for key, one in value.items()}
-    return value
 
 
 class Section(BaseModel):
@@ -111,12 +73,17 @@ class TaskConfig(Section):
 
     name: Name = Field(description="Name of the task, unique in the stream.")
     train: Name | None = Field(
-        default=None, description="Training rows: a jsonl, json, csv, tsv or parquet file (.gz too)."
+        default=None,
+        description="Training rows: a jsonl, json, csv, tsv or parquet file (.gz too); of images also a folder that "
+        "holds one folder a class.",
     )
-    test: Name | None = Field(default=None, description="Test rows, in such a file.")
+    test: Name | None = Field(default=None, description="Test rows, in such a file or folder.")
     validation: Name | None = Field(default=None, description="Validation rows; split off train if left out.")
     hub: HubConfig | None = Field(default=None, description="A data set of the hub, in place of files.")
-    text: Name = Field(default="text", description="Name of the text column.")
+    text: Name | None = Field(default=None, description="Name of the text column. Default: text.")
+    image: Name | None = Field(
+        default=None, description="Name of the image column (arrays or paths of image files), in place of text."
+    )
     label: Name = Field(default="label", description="Name of the label column.")
     labels: list[str] | None = Field(
         default=None, description="The labels in the order wanted; default: those of train."
@@ -138,7 +105,19 @@ class TaskConfig(Section):
             raise ConfigError(
                 f"task {self.name!r} lacks {' and '.join(missing)}: give files for train and test, or hub"
             )
+        self._fill_columns()
         return self
+
+    def _fill_columns(self) -> None:
+        """A folder can only hold images; everything else holds texts unless it says otherwise."""
+        column = "image" if self.image is None and self.train and Path(self.train).is_dir() else self.image
+        if column is not None and self.text is not None:
+            why = "" if self.image else f" (train is the folder {self.train})"
+            raise ConfigError(
+                f"task {self.name!r} names the text column {self.text!r} and holds images{why}; drop text"
+            )
+        object.__setattr__(self, "image", column)
+        object.__setattr__(self, "text", self.text or "text" if column is None else None)
 
 
 class StreamConfig(Section):
@@ -146,17 +125,28 @@ class StreamConfig(Section):
 
     tasks: list[TaskConfig] = Field(min_length=1, description="The tasks, in order.")
     name: Name = Field(default="stream", description="Name of the stream.")
-    scenario: Literal["task", "class", "domain"] = Field(
+    scenario: Literal["task", "class", "online-class", "domain"] = Field(
         default="task",
         description="task: the task of a test example is known. class: all labels seen so far compete. "
-        "domain: all tasks share one set of labels.",
+        "online-class: the same, and each training row is seen once. domain: all tasks share one set of labels.",
+    )
+    reference: TaskConfig | None = Field(
+        default=None,
+        description="What the model can do before the first task: guarded and scored, never trained on.",
     )
     validation_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="Share of train split off where no validation rows are given."
     )
     seed: Seed | None = Field(
-        default=None, description="Chooses the rows split off and the rows of limits; default: the run's seed."
+        default=None,
+        description="Chooses the rows split off, the rows of limits and the order of an online pass; default: the "
+        "run's seed.",
     )
+
+    @property
+    def images(self) -> bool:
+        """Whether the tasks hold images."""
+        return any(task.image is not None for task in self.tasks)
 
 
 class DemoStreamConfig(Section):
@@ -167,41 +157,6 @@ class DemoStreamConfig(Section):
     validation: Rows | None = Field(default=200, description="Validation rows a task.")
     test: Rows | None = Field(default=500, description="Test rows a task.")
     seed: Seed | None = Field(default=None, description="Draws the rows; default: the run's seed.")
-
-
-class LoraSettings(Section):
-    """The LoRA adapter, for methods that train one."""
-
-    r: int = Field(default=8, ge=1, description="Rank of the adapter.")
-    alpha: float = Field(default=16, gt=0, description="Scale: the adapter's output is multiplied by alpha / r.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: TargetModules = Field(
-        default="all-linear", description="all-linear, or the names (or ends of names) of the modules to adapt."
-    )
-
-
-class GuardSettings(Section):
-    """The guard, for methods that have one."""
-
-    energy: Annotated[
-        Any,
-        PlainValidator(_energy),
-        WithJsonSchema({"anyOf": [_SHARE, _SCHEDULE, _KINDS, {"const": "auto"}, {"type": "null"}]}),
-    ] = Field(
-        default=None,
-        validate_default=False,
-        description="Share of the old features' energy to protect, in (0, 1]: a number, one for each kind of site "
-        "(lora_A, lora_B, linear), a schedule {start, end, tasks} in place of any number, or auto (chosen on "
-        "validation data at the first task boundary). Default: that of the method.",
-    )
-    samples: int = Field(default=256, ge=1, description="Inputs whose features are collected at the end of a task.")
-    probes: int = Field(
-        default=8, ge=0, description="Inputs of each task kept to measure how far outputs drift; 0 keeps none."
-    )
-    unprotected: Literal["hold", "allow"] = Field(
-        default="hold",
-        description="What happens to trained tensors that no condition protects, from the second task on.",
-    )
 
 
 class TrainSettings(Section):

@@ -21,6 +21,7 @@ from ._results import (
     total_seconds,
     worst,
 )
+from ._sections import CLASSIFIERS, site_groups, told_average, view_rows, views_of, zero_shot
 
 View: TypeAlias = dict[str, Any]
 
@@ -37,13 +38,15 @@ def page_view(many: Sequence[Results]) -> tuple[View, dict[str, draw.Figure]]:
     if comparable:
         figures["final"] = draw.final_by_method(many)
     name = str(first.get("name") or "") if len(many) == 1 else ""
+    summary = [_summary_row(number, one) for number, one in enumerate(many, start=1)]
     view = {
         "heading": _heading(many),
         "title": f"{name} \u00b7 growthring report" if name else "growthring report",
         "facts": _facts(many, comparable),
         "featured": _why_featured(number, featured) if len(many) > 1 else None,
         "headline": _cards(featured),
-        "summary": [_summary_row(number, one) for number, one in enumerate(many, start=1)],
+        "summary": summary,
+        "told": any(row["told"] is not None for row in summary),
         "stream": [_task_row(task) for task in first["tasks"]],
         "comparable": comparable,
         "methods": methods,
@@ -83,6 +86,9 @@ def _facts(many: Sequence[Results], comparable: bool) -> list[tuple[str, str]]:
         facts.append(("Tasks", names if len(names) <= 160 else str(len(first["tasks"]))))
     if first.get("scenario"):
         facts.append(("Scenario", f"{first['scenario']}-incremental"))
+    classifiers = {str(views[0].get("classifier")) for one in many if (views := views_of(one))}
+    if classifiers - {"head"}:
+        facts.append(("Classifier", ", ".join(CLASSIFIERS.get(name, name) for name in sorted(classifiers))))
     seeds = sorted({str(one["seed"]) for one in many if one.get("seed") is not None})
     if seeds:
         facts.append(("Seed" if len(seeds) == 1 else "Seeds", ", ".join(seeds)))
@@ -101,6 +107,7 @@ def _summary_row(number: int, one: Results) -> View:
         "number": number,
         "seconds": total_seconds(one),
         "leak": worst(one, "leak"),
+        "told": told_average(one),
     }
 
 
@@ -203,15 +210,25 @@ def _method_view(number: int, one: Results, figures: dict[str, draw.Figure]) -> 
             if one.get(key)
         ],
         "has_curves": len(matrix.rows) > 1,
+        "views": view_rows(one),
+        "zero_shot": zero_shot(one),
+        "sites": site_groups(one),
         "certificates": [_certificate_view(certificate) for certificate in certificates_of(one)],
         "capacity": _capacity_rows(shares),
         "kinds": [draw.KIND_NAMES.get(kind, kind) for kind in shares],
         "timings": (one.get("timings") or {}).get("tasks") or [],
+        "extra_times": _extra_times((one.get("timings") or {}).get("tasks") or []),
         "total_seconds": total_seconds(one),
         "versions": sorted((one.get("versions") or {}).items()),
         "seeds": sorted((one.get("seeds") or {}).items()),
         "config": json.dumps(one["config"], indent=2, ensure_ascii=False, default=str) if one.get("config") else None,
     }
+
+
+def _extra_times(timings: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Columns of the table of times that some runs have: key and heading."""
+    known = {"prepare_seconds": "Preparation", "tune_seconds": "Trials", "classifier_seconds": "Classifiers"}
+    return [(key, heading) for key, heading in known.items() if any(key in timing for timing in timings)]
 
 
 def _certificate_view(certificate: Mapping[str, Any]) -> View:

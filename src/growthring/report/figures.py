@@ -21,7 +21,18 @@ Figure: TypeAlias = dict[str, Any]
 Cells: TypeAlias = Sequence[Sequence[float | None]]
 
 NAME_LIMIT = 22
-KIND_NAMES = {"lora_A": "LoRA A", "lora_B": "LoRA B", "linear": "Linear weights"}
+KIND_NAMES = {
+    "lora_A": "LoRA A",
+    "lora_B": "LoRA B",
+    "adapter_down": "Adapter down",
+    "adapter_up": "Adapter up",
+    "prefix_key": "Prefix keys",
+    "prefix_value": "Prefix values",
+    "prompt_key": "Prompts (right)",
+    "prompt_value": "Prompts (left)",
+    "ia3": "IA3 scales",
+    "linear": "Linear weights",
+}
 
 
 def label(text: object, limit: int = NAME_LIMIT) -> str:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from . import _format as fmt
 from ._results import Results, as_list, certificates_of, matrix_of, promise_kept, title_of, total_seconds, worst
+from ._sections import view_name, views_of
 
 __all__ = ["matrix_table", "summary_table"]
 
@@ -51,7 +52,8 @@ def summary_table(results: Sequence[Results]) -> Table:
     Returns:
         A table with one line per method: final average (AA), learning accuracy (LA), backward transfer (BWT),
         forgetting, forward transfer (FWT), wall time and the worst leak of any certificate. What is not defined is an
-        em dash.
+        em dash. Below a method that was scored in several views stands a line for each of them, the main one too: the
+        classifier, and whether it was told the task.
 
     Raises:
         ConfigError: When ``results`` is empty.
@@ -78,6 +80,16 @@ def summary_table(results: Sequence[Results]) -> Table:
                 style="" if leak is None else "red" if broken else "green",
             ),
         )
+        for view in views_of(one):
+            found = view["metrics"]
+            table.add_row(
+                Text(f"  {view_name(view)}", style="dim"),
+                fmt.percent(found.get("aa")),
+                fmt.percent(found.get("learning_accuracy")),
+                _signed(found.get("bwt")),
+                fmt.percent(found.get("forgetting")),
+                _signed(found.get("fwt")),
+            )
     return table
 
 

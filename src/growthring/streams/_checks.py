@@ -1,4 +1,4 @@
-"""The checks that a task's name, texts and labels pass before anything is trained on them."""
+"""The checks that a task's name, inputs and labels pass before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from growthring.errors import ConfigError, DataError, nearest
+from growthring.errors import ConfigError, DataError, GrowthringError, nearest
 from growthring.streams._splits import Examples, same_text
+from growthring.streams.images import Images, pixel_hash, read_image
+from growthring.streams.sources import IMAGE_ENDINGS, Rows
 
 __all__ = [
+    "as_images",
     "as_label",
     "as_text",
     "check_counts",
@@ -19,6 +22,7 @@ __all__ = [
     "each",
     "given_labels",
     "number_first",
+    "warn_of_file_names",
     "warn_of_overlap",
     "words_of_labels",
 ]
@@ -43,12 +47,14 @@ def check_counts(seed: Any, **counts: int | None) -> None:
             raise ConfigError(f"{split} must be a number of rows, 1 or more, or None for all; got {count!r}")
 
 
-def each(values: list[Any], read: Callable[[Any], str], where: str, fix: str) -> list[str]:
+def each(values: Sequence[Any], read: Callable[[Any], str], where: str, fix: str) -> list[str]:
     """Apply ``read`` to every value; raise one error that names the first bad row and counts the others."""
     good, bad = [], []
     for row, value in enumerate(values):
         try:
             good.append(read(value))
+        except GrowthringError:
+            raise  # not this row's fault
         except ValueError as error:
             bad.append((row, error))
     if bad:
@@ -71,6 +77,14 @@ def as_text(value: Any) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"the text holds half a character (a lone surrogate at position {error.start})") from None
     return str(value)
+
+
+def as_images(values: Sequence[Any], where: str) -> Images:
+    """Read every image once, to check it and to hash its pixels, and keep what it was given as."""
+    if isinstance(values, Images):  # of another task
+        return values
+    hashes = each(values, lambda value: pixel_hash(read_image(value)), where, "Mend the image or remove the row")
+    return Images(values, hashes)
 
 
 def as_label(value: Any, names: Sequence[str] | None) -> str:
@@ -172,16 +186,28 @@ def words_of_labels(name: str, order: list[str], given: Mapping[str, str] | None
     return texts
 
 
+def warn_of_file_names(rows: Rows) -> None:
+    """Warn if every text is the name of an image file: the images are meant then, and would not be read."""
+    if all(isinstance(text, str) and text.strip().lower().endswith(IMAGE_ENDINGS) for text in rows.inputs):
+        warnings.warn(
+            f"{rows.where}: every text is the name of an image file (first: {rows.inputs[0]!r}). They are read as "
+            f"texts; if the images are meant, pass image=... with the name of the column.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def warn_of_overlap(name: str, splits: Mapping[str, Examples]) -> None:
-    """Warn if a text stands in two splits: what is measured on the second is then partly remembered."""
+    """Warn if an input stands in two splits: what is measured on the second is then partly remembered."""
     found = []
-    texts = {split: [same_text(text) for text in examples.texts] for split, examples in splits.items()}
+    keys = {split: [same_text(key) for key in examples.keys] for split, examples in splits.items()}
     for first, second in (("train", "test"), ("validation", "test"), ("train", "validation")):
-        known = set(texts.get(first, ()))
-        rows = [row for row, text in enumerate(texts.get(second, ())) if text in known]
+        known = set(keys.get(first, ()))
+        rows = [row for row, key in enumerate(keys.get(second, ())) if key in known]
         if rows:
+            what = f"{splits[second].modality}s"
             found.append(
-                f"{len(rows)} of {len(texts[second])} {second} texts are also in {first} (first: row {rows[0]})"
+                f"{len(rows)} of {len(keys[second])} {second} {what} are also in {first} (first: row {rows[0]})"
             )
     if found:
         warnings.warn(

@@ -1,7 +1,8 @@
 """The examples of one split, and how rows are drawn from them: stratified, seeded, the same on every machine.
 
-Rows are ranked by a SHA-256 of seed, purpose and text. Neither Python's ``hash`` (salted per process) nor the state of
-a global random generator takes part, and the order of the rows in the file does not matter.
+Rows are ranked by a SHA-256 of seed, purpose and content (the text, or the hash of the pixels). Neither Python's
+``hash`` (salted per process) nor the state of a global random generator takes part, and the order of the rows in the
+file does not matter.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-__all__ = ["Examples", "carve", "same_text", "sample"]
+from growthring.errors import ConfigError
+from growthring.streams.images import Images
+
+__all__ = ["Examples", "carve", "same_text", "sample", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -19,27 +24,51 @@ class Examples:
     """The checked rows of one split.
 
     Attributes:
-        texts: One non-empty string a row.
-        labels: The label of each row; same length as ``texts``.
+        inputs: What the model is given, one a row: non-empty strings, or :class:`Images`, of which each is an array
+            ``(height, width, 3)`` of unsigned bytes.
+        labels: The label of each row; same length as ``inputs``.
     """
 
-    texts: list[str]
+    inputs: list[str] | Images
     labels: list[str]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.labels)
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(zip(self.texts, self.labels, strict=True))
+    def __iter__(self) -> Iterator[tuple[Any, str]]:
+        return iter(zip(self.inputs, self.labels, strict=True))
+
+    @property
+    def modality(self) -> Literal["text", "image"]:
+        """What the inputs are."""
+        return "image" if isinstance(self.inputs, Images) else "text"
+
+    @property
+    def texts(self) -> list[str]:
+        """The inputs of a text split.
+
+        Raises:
+            ConfigError: They are images.
+        """
+        if isinstance(self.inputs, Images):
+            raise ConfigError("these examples are images and have no texts; their arrays are in .inputs")
+        return self.inputs
+
+    @property
+    def keys(self) -> list[str]:
+        """What tells one input from another: the text itself, or the hash of an image's size and pixels."""
+        return self.inputs.hashes if isinstance(self.inputs, Images) else self.inputs
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each label that occurs, by label name."""
         return dict(sorted(Counter(self.labels).items()))
 
     def take(self, rows: Iterable[int]) -> Examples:
-        """Return the rows with these 0-based numbers, in the order given."""
+        """Return the rows with these 0-based numbers, in the order given; images are neither read nor copied."""
         chosen = list(rows)
-        return Examples([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
+        inputs = self.inputs
+        taken = inputs.take(chosen) if isinstance(inputs, Images) else [inputs[i] for i in chosen]
+        return Examples(taken, [self.labels[i] for i in chosen])
 
 
 def same_text(text: str) -> str:
@@ -47,8 +76,14 @@ def same_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def _rank(seed: int, purpose: str, text: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{purpose}\0{text}".encode()).digest()
+def _rank(seed: int, purpose: str, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()
+
+
+def shuffled(examples: Examples, seed: int, purpose: str) -> list[int]:
+    """Return the row numbers in an order that seed, purpose and content fix; equal inputs stay in row order."""
+    keys = examples.keys
+    return sorted(range(len(examples)), key=lambda i: (_rank(seed, purpose, keys[i]), i))
 
 
 def _quotas(weights: Mapping[str, int], caps: Mapping[str, int], total: int) -> dict[str, int]:
@@ -85,9 +120,8 @@ def sample(examples: Examples, count: int, seed: int, purpose: str) -> Examples:
         return examples
     sizes = Counter(examples.labels)
     left = _quotas(sizes, sizes, count)
-    ranked = sorted(range(len(examples)), key=lambda i: (_rank(seed, purpose, examples.texts[i]), i))
     chosen = []
-    for i in ranked:
+    for i in shuffled(examples, seed, purpose):
         if left[examples.labels[i]]:
             left[examples.labels[i]] -= 1
             chosen.append(i)
@@ -97,7 +131,7 @@ def sample(examples: Examples, count: int, seed: int, purpose: str) -> Examples:
 def carve(examples: Examples, count: int, seed: int, purpose: str) -> tuple[Examples, Examples]:
     """Split about ``count`` rows off, stratified by label: at least one a label when possible, and never its last.
 
-    Rows with the same text stay on one side, so that no text is on both; a text with two labels is not carved.
+    Rows with the same input stay on one side, so that none is on both; an input with two labels is not carved.
 
     Args:
         examples: The rows to divide.
@@ -106,14 +140,14 @@ def carve(examples: Examples, count: int, seed: int, purpose: str) -> tuple[Exam
         purpose: As in :func:`sample`.
 
     Returns:
-        ``(kept, carved)``; ``carved`` is empty when no label has two different texts.
+        ``(kept, carved)``; ``carved`` is empty when no label has two different inputs.
     """
     groups: dict[str, list[int]] = {}
-    for i, text in enumerate(examples.texts):
-        groups.setdefault(same_text(text), []).append(i)
+    for i, key in enumerate(examples.keys):
+        groups.setdefault(same_text(key), []).append(i)
     by_label: dict[str, list[list[int]]] = {label: [] for label in examples.labels}
-    for text in sorted(groups, key=lambda text: _rank(seed, purpose, text)):
-        rows = groups[text]
+    for key in sorted(groups, key=lambda key: _rank(seed, purpose, key)):
+        rows = groups[key]
         if len({examples.labels[i] for i in rows}) == 1:
             by_label[examples.labels[rows[0]]].append(rows)
     sizes = Counter(examples.labels)
@@ -128,7 +162,7 @@ def carve(examples: Examples, count: int, seed: int, purpose: str) -> tuple[Exam
             if len(rows) <= left:
                 carved.update(rows)
                 left -= len(rows)
-        if found and left == quota[label] > 0:  # every text of this label is repeated more often than its quota
+        if found and left == quota[label] > 0:  # every input of this label is repeated more often than its quota
             smallest = min(found, key=len)
             carved.update(smallest)
     kept = [i for i in range(len(examples)) if i not in carved]

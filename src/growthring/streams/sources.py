@@ -1,4 +1,4 @@
-"""Read the rows of one split from whatever the user has: lists, Hugging Face or torch data sets, files.
+"""Read the rows of one split from whatever the user has: lists, Hugging Face or torch data sets, files, folders.
 
 Nothing is checked here beyond the shape (the columns are there, a file can be read); :class:`growthring.streams.Task`
 checks the values. Files are read in place with the standard library (parquet: ``pyarrow``): no cache, no network.
@@ -13,17 +13,21 @@ import importlib
 import io
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from growthring.errors import DataError, nearest
+from growthring.streams.images import Cell
 
-__all__ = ["Rows", "read_rows"]
+__all__ = ["IMAGE_ENDINGS", "Rows", "read_rows"]
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ROW_FORMS = '{"text": ..., "label": ...} dicts or (text, label) pairs'
 _MAX_FIELD = 2**31 - 1  # the largest that csv takes on every platform
 
@@ -33,91 +37,112 @@ class Rows:
     """Two columns as they were found, not yet checked.
 
     Attributes:
-        texts: Raw value of the text column, one a row.
+        inputs: Raw value of the text or image column, one a row.
         labels: Raw value of the label column, one a row.
         names: Names of integer labels, if the source carries them (``ClassLabel`` of a ``datasets`` object).
         where: What to call this source in an error message.
     """
 
-    texts: list[Any]
+    inputs: Sequence[Any]
     labels: list[Any]
     names: list[str] | None
     where: str
 
 
-def read_rows(source: Any, *, text: str, label: str, where: str) -> Rows:
-    """Read the text and the label column of ``source``.
+@dataclass(frozen=True)
+class _Want:
+    """The two columns that are looked for, and what the first one is called: ``"text"`` or ``"image"``."""
+
+    kind: str
+    input: str
+    label: str
+    where: str
+
+    @property
+    def forms(self) -> str:
+        return ROW_FORMS.replace("text", self.kind)
+
+    def need(self, columns: Iterable[Any], where: str | None = None, hint: str = "") -> None:
+        """Raise unless both columns are there."""
+        names = [str(column) for column in columns]
+        for keyword, wanted, other in ((self.kind, self.input, self.label), ("label", self.label, self.input)):
+            if wanted not in names:
+                near = nearest(wanted, [name for name in names if name != other])
+                if keyword == "text" and "image" in names:
+                    hint = " If the inputs are images: image='image'." + hint
+                raise DataError(
+                    f"{where or self.where}: there is no {keyword} column {wanted!r}"
+                    f"{'; ' + near if near.startswith('did') else '.'} "
+                    f"The columns are {', '.join(map(repr, names)) or 'none'}. "
+                    f"Say which one it is with {keyword}=...{hint}"
+                )
+
+
+def read_rows(source: Any, *, text: str, label: str, where: str, image: str | None = None) -> Rows:
+    """Read the input and the label column of ``source``.
 
     Args:
         source: List (or any iterable) of dicts or pairs, dict of two columns, ``datasets.Dataset``, torch ``Dataset``
-            of dicts or pairs, or the path of a jsonl, json, csv, tsv or parquet file, gzip'd or not.
+            of dicts or pairs, the path of a jsonl, json, csv, tsv or parquet file, gzip'd or not, or, for images, the
+            path of a folder that holds one folder a class.
         text: Name of the text column; not used for pairs.
         label: Name of the label column; not used for pairs.
         where: Beginning of every error message, for example ``"task 'trec', train split"``.
+        image: Name of the image column, which is then read in place of the text column.
 
     Returns:
-        The two columns.
+        The two columns. Images of a ``datasets.Dataset`` are :class:`~growthring.streams.images.Cell` objects; the
+        paths of images in a file are relative to its folder.
 
     Raises:
         DataError: The source cannot be read or lacks a column.
     """
+    want = _Want("text" if image is None else "image", text if image is None else image, label, where)
     if isinstance(source, str | os.PathLike):
-        return _from_file(Path(source), text, label, where)
+        return _from_path(Path(source), want)
     if isinstance(source, Mapping):
-        return _from_columns(source, text, label, where)
+        return _from_columns(source, want)
     if hasattr(source, "column_names") and hasattr(source, "features"):
-        return _from_datasets(source, text, label, where)
-    return _from_iterable(_iterate(source, where), text, label, where)
+        return _from_datasets(source, want)
+    return _from_iterable(_iterate(source, want), want)
 
 
 # ---------------------------------------------------------------------------------------------------- Python objects
 
 
-def _need(columns: Iterable[Any], text: str, label: str, where: str, hint: str = "") -> None:
-    """Raise unless both columns are there."""
-    names = [str(column) for column in columns]
-    for keyword, wanted in (("text", text), ("label", label)):
-        if wanted not in names:
-            others = [name for name in names if name != (label if keyword == "text" else text)]
-            near = nearest(wanted, others)
-            raise DataError(
-                f"{where}: there is no {keyword} column {wanted!r}{'; ' + near if near.startswith('did') else '.'} "
-                f"The columns are {', '.join(map(repr, names)) or 'none'}. "
-                f"Say which one it is with {keyword}=...{hint}"
-            )
-
-
-def _iterate(source: Any, where: str) -> Iterator[Any]:
+def _iterate(source: Any, want: _Want) -> Iterator[Any]:
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not hasattr(source, "__iter__"):
         return (source[i] for i in range(len(source)))  # a map-style torch data set need not raise IndexError
     if isinstance(source, bytes | bytearray) or not hasattr(source, "__iter__"):
         raise DataError(
-            f"{where}: cannot read rows from {type(source).__name__}. Give a list of {ROW_FORMS}, a datasets.Dataset, "
-            f"a torch Dataset, or the path of a {', '.join(FORMATS)} file."
+            f"{want.where}: cannot read rows from {type(source).__name__}. Give a list of {want.forms}, a "
+            f"datasets.Dataset, a torch Dataset, or the path of a {', '.join(FORMATS)} file."
         )
     return iter(source)
 
 
-def _from_iterable(rows: Iterator[Any], text: str, label: str, where: str) -> Rows:
-    texts, labels = [], []
+def _from_iterable(rows: Iterator[Any], want: _Want) -> Rows:
+    inputs, labels = [], []
     for number, row in enumerate(rows):
         if isinstance(row, Mapping):
-            if text not in row or label not in row:
-                _need(row, text, label, f"{where}, row {number}")
-            texts.append(row[text])
-            labels.append(row[label])
+            if want.input not in row or want.label not in row:
+                want.need(row, f"{want.where}, row {number}")
+            inputs.append(row[want.input])
+            labels.append(row[want.label])
         elif isinstance(row, Sequence) and not isinstance(row, str | bytes) and len(row) == 2:
-            texts.append(row[0])
+            inputs.append(row[0])
             labels.append(row[1])
         else:
             got = type(row).__name__
             if isinstance(row, Sequence) and not isinstance(row, str | bytes):
                 got += f" of {len(row)} items"
-            raise DataError(f"{where}, row {number}: got a {got}; rows must be {ROW_FORMS}.")
-    return Rows(texts, labels, None, where)
+            tip = ' Two arrays are given as {"image": images, "label": labels}.' if hasattr(row, "shape") else ""
+            raise DataError(f"{want.where}, row {number}: got a {got}; rows must be {want.forms}.{tip}")
+    return Rows(inputs, labels, None, want.where)
 
 
-def _from_columns(columns: Mapping[Any, Any], text: str, label: str, where: str) -> Rows:
+def _from_columns(columns: Mapping[Any, Any], want: _Want) -> Rows:
+    where = want.where
     for split, value in columns.items():
         rows = isinstance(value, list) and value and isinstance(value[0], Mapping)
         if rows or hasattr(value, "column_names"):
@@ -125,40 +150,101 @@ def _from_columns(columns: Mapping[Any, Any], text: str, label: str, where: str)
                 f"{where}: this holds whole splits ({', '.join(repr(str(key)) for key in columns)}), not one. "
                 f"Give one of them, for example data[{split!r}]; a file needs one split to itself."
             )
-    _need(columns, text, label, where)
+    want.need(columns)
     pair = []
-    for name in (text, label):
+    for name in (want.input, want.label):
         value = columns[name]
         if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
             raise DataError(
                 f"{where}: column {name!r} is {type(value).__name__}, not a list. "
-                f"Give a list of {ROW_FORMS} or a dict of two equally long lists."
+                f"Give a list of {want.forms} or a dict of two equally long lists."
             )
         pair.append(list(value))
     if len(pair[0]) != len(pair[1]):
         raise DataError(
-            f"{where}: column {text!r} has {len(pair[0])} values and column {label!r} has {len(pair[1])}; "
+            f"{where}: column {want.input!r} has {len(pair[0])} values and column {want.label!r} has {len(pair[1])}; "
             f"from row {min(map(len, pair))} on a partner is missing. Make them equally long."
         )
     return Rows(pair[0], pair[1], None, where)
 
 
-def _from_datasets(data: Any, text: str, label: str, where: str) -> Rows:
+def _from_datasets(data: Any, want: _Want) -> Rows:
     if data.column_names is not None:
-        _need(data.column_names, text, label, where)
-    names = getattr((data.features or {}).get(label), "names", None)
+        want.need(data.column_names)
+    features = data.features or {}
+    names = getattr(features.get(want.label), "names", None)
     if hasattr(data, "__len__"):
         plain = data.with_format(None)  # a torch or numpy format would hand out tensors
-        return Rows(list(plain[text]), list(plain[label]), names, where)
-    rows = _from_iterable(iter(data), text, label, where)
-    return Rows(rows.texts, rows.labels, names, where)
+        inputs = list(plain[want.input]) if want.kind == "text" else _cells(plain, features.get(want.input), want)
+        return Rows(inputs, list(plain[want.label]), names, want.where)
+    if want.kind == "image" and type(features.get(want.input)).__name__ == "Image":
+        data = data.cast_column(want.input, type(features[want.input])(decode=False))  # keep the encoded bytes
+    rows = _from_iterable(iter(data), want)
+    return Rows(rows.inputs, rows.labels, names, want.where)
+
+
+def _cells(data: Any, feature: Any, want: _Want) -> list[Any]:
+    """Return a reference to each image of a column: the pixels stay on disk."""
+    column = data.select_columns([want.input])
+    if type(feature).__name__ not in ("Image", "Value", "dict"):
+        column = column.with_format("numpy")  # pixels stored as nested lists
+    return [Cell(column, row, want.input) for row in range(len(data))]
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _from_file(path: Path, text: str, label: str, where: str) -> Rows:
-    where = f"{where} ({path})"
+def _from_path(path: Path, want: _Want) -> Rows:
+    rows = _from_folder(path, want) if want.kind == "image" and path.is_dir() else _from_file(path, want)
+    if want.kind == "image" and not path.is_dir():  # the images lie where the list of them lies
+        inputs = [str(path.parent / value) if isinstance(value, str) and value else value for value in rows.inputs]
+        rows = Rows(inputs, rows.labels, rows.names, rows.where)
+    return rows
+
+
+def _from_folder(folder: Path, want: _Want) -> Rows:
+    """Read a folder that holds one folder a class, each with image files at any depth."""
+    where = f"{want.where} ({folder})"
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    classes = [entry for entry in entries if entry.is_dir()]
+    stray = [entry.name for entry in entries if entry.suffix.lower() in IMAGE_ENDINGS and entry.is_file()]
+    if stray or not classes:
+        found = f"{len(stray)} image files ({stray[0]!r}, ...)" if stray else f"{len(entries)} files and no folder"
+        raise DataError(
+            f"{where}: it must hold one folder a class, named as the class, with the images in it; it holds {found}."
+        )
+    inputs: list[Any] = []
+    labels: list[Any] = []
+    others: list[Path] = []
+    for entry in classes:
+        walk = os.walk(entry, onerror=partial(_refuse_folder, where=where))
+        files = [Path(root, name) for root, _, names in walk for name in names if not name.startswith(".")]
+        images = sorted(file for file in files if file.suffix.lower() in IMAGE_ENDINGS)
+        if not images:
+            raise DataError(
+                f"{where}: the folder of class {entry.name!r} holds no image file (endings: "
+                f"{', '.join(IMAGE_ENDINGS)}). Add images or remove the folder."
+            )
+        others += [file for file in files if file.suffix.lower() not in IMAGE_ENDINGS]
+        inputs += images
+        labels += [entry.name] * len(images)
+    if others:
+        warnings.warn(
+            f"{where}: {len(others)} files are left out because their names do not end as image files do (first: "
+            f"{min(others)}). Accepted: {', '.join(IMAGE_ENDINGS)}.",
+            UserWarning,
+            stacklevel=6,  # the caller of Task
+        )
+    return Rows(inputs, labels, None, where)
+
+
+def _refuse_folder(error: OSError, where: str) -> None:
+    raise DataError(f"{where}: the folder {error.filename!r} cannot be read ({error.strerror}). Mend its permissions.")
+
+
+def _from_file(path: Path, want: _Want) -> Rows:
+    where = f"{want.where} ({path})"
+    want = replace(want, where=where)
     kind = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
     kind = kind.lower().lstrip(".")
     kind = "jsonl" if kind == "ndjson" else kind
@@ -166,10 +252,12 @@ def _from_file(path: Path, text: str, label: str, where: str) -> Rows:
         files = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))[:8]
         raise DataError(
             f"{where}: this is a folder (it holds {', '.join(files) or 'nothing'}). Name a file; a folder written by "
-            f"datasets is read with datasets.load_from_disk(path), a hub data set with Task.from_hub(name, path)."
+            f"datasets is read with datasets.load_from_disk(path), a hub data set with Task.from_hub(name, path), a "
+            f"folder of images with Task.from_folder(name, train_dir, test_dir)."
         )
     if not path.exists():
-        beside = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
+        entries = path.parent.iterdir() if path.parent.is_dir() else ()
+        beside = [entry.name for entry in entries if entry.is_file() or want.kind == "image"]
         tip = f"{nearest(path.name, beside)} " if beside and len(beside) <= 50 else ""
         raise DataError(f"{where}: there is no such file. {tip}A hub data set is read with Task.from_hub(name, path).")
     if kind not in FORMATS:
@@ -186,13 +274,13 @@ def _from_file(path: Path, text: str, label: str, where: str) -> Rows:
             f"{where}: cannot be read ({error}). Check that the file is whole; download it again."
         ) from None
     if kind == "parquet":
-        return _parquet(raw, text, label, where)
+        return _parquet(raw, want)
     content = _decode(raw, where)
     if kind in ("csv", "tsv"):
-        return _table(content, "," if kind == "csv" else "\t", text, label, where)
+        return _table(content, "," if kind == "csv" else "\t", want)
     if kind == "jsonl":
-        return _from_iterable(_json_lines(content, where), text, label, where)
-    return _json(content, text, label, where)
+        return _from_iterable(_json_lines(content, where), want)
+    return _json(content, want)
 
 
 def _decode(raw: bytes, where: str) -> str:
@@ -224,24 +312,26 @@ def _json_lines(content: str, where: str) -> Iterator[Any]:
             raise DataError(f"{where}: line {number} is not JSON ({error}). Mend or remove that line.") from None
 
 
-def _json(content: str, text: str, label: str, where: str) -> Rows:
+def _json(content: str, want: _Want) -> Rows:
+    where = want.where
     try:
         value = _parse(content)
     except (ValueError, RecursionError) as error:
         lines = [line for line in content.split("\n") if line.strip()]
         if len(lines) > 1 and lines[0].strip().endswith(("}", "]")):  # JSON lines under the name of .json
-            return _from_iterable(_json_lines(content, where), text, label, where)
+            return _from_iterable(_json_lines(content, where), want)
         raise DataError(f"{where}: this is not JSON ({error}). Check that the file is whole.") from None
-    if isinstance(value, Mapping) and text in value and isinstance(value[text], str):
+    if isinstance(value, Mapping) and isinstance(value.get(want.input), str):
         value = [value]  # a single row
     if isinstance(value, Mapping):
-        return _from_columns(value, text, label, where)
+        return _from_columns(value, want)
     if isinstance(value, list):
-        return _from_iterable(iter(value), text, label, where)
+        return _from_iterable(iter(value), want)
     raise DataError(f"{where}: got a JSON {type(value).__name__}; it must be a list of rows or a dict of columns.")
 
 
-def _table(content: str, delimiter: str, text: str, label: str, where: str) -> Rows:
+def _table(content: str, delimiter: str, want: _Want) -> Rows:
+    where = want.where
     old_limit = csv.field_size_limit(_MAX_FIELD)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -254,7 +344,8 @@ def _table(content: str, delimiter: str, text: str, label: str, where: str) -> R
     finally:
         csv.field_size_limit(old_limit)
     if not rows:
-        raise DataError(f"{where}: the file is empty. It needs a header line ({text}{delimiter}{label}) and rows.")
+        line = f"{want.input}{delimiter}{want.label}"
+        raise DataError(f"{where}: the file is empty. It needs a header line ({line}) and rows.")
     header = [name.strip() for name in rows[0]]
     hint = ""
     if len(header) == 1:
@@ -262,8 +353,8 @@ def _table(content: str, delimiter: str, text: str, label: str, where: str) -> R
         hint = f" The header has no {delimiter!r} but has {other!r}: is that the separator?" if other else ""
     elif len(header) == 2:
         hint = " Or has the file no header line? Then add one."
-    _need(header, text, label, where, hint)
-    for name in (text, label):
+    want.need(header, hint=hint)
+    for name in (want.input, want.label):
         if header.count(name) > 1:
             raise DataError(f"{where}: the header names column {name!r} twice. Rename one of them.")
     for number, row in enumerate(rows[1:]):
@@ -272,22 +363,23 @@ def _table(content: str, delimiter: str, text: str, label: str, where: str) -> R
                 f"{where}, row {number}: {len(row)} fields, but the header has {len(header)}. "
                 f"Put a text that holds {delimiter!r} in double quotes."
             )
-    at_text, at_label = header.index(text), header.index(label)
-    return Rows([row[at_text] for row in rows[1:]], [row[at_label] for row in rows[1:]], None, where)
+    at_input, at_label = header.index(want.input), header.index(want.label)
+    return Rows([row[at_input] for row in rows[1:]], [row[at_label] for row in rows[1:]], None, where)
 
 
-def _parquet(raw: bytes, text: str, label: str, where: str) -> Rows:
+def _parquet(raw: bytes, want: _Want) -> Rows:
+    where = want.where
     arrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     try:
         file = parquet.ParquetFile(io.BytesIO(raw))
-        _need(file.schema_arrow.names, text, label, where)
-        table = file.read(columns=[text, label])
+        want.need(file.schema_arrow.names)
+        table = file.read(columns=[want.input, want.label])
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{where}: this is not a readable parquet file ({error}). Check that it is whole.") from None
     try:  # the names of integer labels, if datasets wrote the file
         info = json.loads((table.schema.metadata or {})[b"huggingface"])
-        names = info["info"]["features"][label]["names"]
+        names = info["info"]["features"][want.label]["names"]
     except (KeyError, TypeError, ValueError):
         names = None
-    return Rows(table.column(text).to_pylist(), table.column(label).to_pylist(), names, where)
+    return Rows(table.column(want.input).to_pylist(), table.column(want.label).to_pylist(), names, where)

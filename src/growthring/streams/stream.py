@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from growthring.errors import ConfigError, DataError, nearest
+from growthring.streams._splits import shuffled
 from growthring.streams.task import SPLITS, Task
 
 __all__ = ["ClassEntry", "Scenario", "TaskStream"]
 
-Scenario = Literal["task", "class", "domain"]
+Scenario = Literal["task", "class", "online-class", "domain"]
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,33 @@ class TaskStream:
     Args:
         tasks: At least one :class:`Task`, with unique names.
         scenario: ``"task"``: the task of a test example is known and its labels are the candidates. ``"class"``: all
-            labels seen so far are candidates; equal labels of two tasks are one class. ``"domain"``: all tasks share
-            one set of labels.
+            labels seen so far are candidates; equal labels of two tasks are one class. ``"online-class"``: the same,
+            and each task's training rows are seen once, in the order of :meth:`pass_order`. ``"domain"``: all tasks
+            share one set of labels.
         validation_fraction: Share of the training rows to carve, stratified, for tasks without a validation split.
             Default 0.1.
-        seed: Chooses the carved rows; they depend on the seed and the task's name, not on the order of the tasks.
+        seed: Chooses the carved rows and the order of an online pass; both depend on the seed and the task's name,
+            not on the order of the tasks.
         name: Name of the stream.
+        reference: A task whose inputs stand for what the model knows before the first task. It is never trained on
+            and has no place in ``tasks``; guards may protect its inputs, and its test rows are scored among its own
+            labels. Default ``None``.
 
     Attributes:
         tasks: Tuple of tasks, each with a validation split.
+        reference: As given.
         classes: Tuple of :class:`ClassEntry`, in order of first appearance.
         scenario: As given.
         seed: As given.
         name: As given.
 
     Raises:
-        DataError: No task, a name used twice, label sets that differ in scenario ``"domain"``, or labels that cannot
-            be told apart in the shared label space.
+        DataError: No task, a name used twice, texts in one task and images in another, label sets that differ in
+            scenario ``"domain"``, or labels that cannot be told apart in the shared label space.
         ConfigError: Unknown scenario, wrong fraction or seed.
 
     Warns:
-        UserWarning: Only one task.
+        UserWarning: Only one task; or, in a class-incremental stream, classes that come again in a later task.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class TaskStream:
         validation_fraction: float = 0.1,
         seed: int = 0,
         name: str = "stream",
+        reference: Task | None = None,
     ) -> None:
         if scenario not in get_args(Scenario):
             raise ConfigError(
@@ -97,7 +105,11 @@ class TaskStream:
                 UserWarning,
                 stacklevel=2,
             )
+        if reference is not None:
+            self._check_reference(name, reference, first_at)
+        self._check_modality(name, [*tasks, *([reference] if reference is not None else [])])
         self.name = name
+        self.reference = reference
         self.scenario: Scenario = scenario
         self.seed = seed
         self.validation_fraction = validation_fraction
@@ -107,6 +119,38 @@ class TaskStream:
         self.classes = self._table()
         self._ids = {entry.key: number for number, entry in enumerate(self.classes)}
         self._fingerprint: str | None = None
+        if self.class_incremental:
+            self._warn_of_repeats()
+
+    @property
+    def modality(self) -> Literal["text", "image"]:
+        """What the inputs of every task are."""
+        return self.tasks[0].modality
+
+    @property
+    def class_incremental(self) -> bool:
+        """Whether the label set grows and the task of a test example is unknown."""
+        return self.scenario in ("class", "online-class")
+
+    @property
+    def online(self) -> bool:
+        """Whether each training row is seen once, in the order of :meth:`pass_order`."""
+        return self.scenario == "online-class"
+
+    def pass_order(self, task_index: int) -> list[int]:
+        """Return the order in which one pass goes over a task's training rows.
+
+        It is drawn from the stream's seed, the task's name and the rows' content: the same on every machine, whatever
+        the order of the file, of the tasks, or the seed of the training.
+
+        Args:
+            task_index: The task.
+
+        Returns:
+            Each row number of ``tasks[task_index].train`` once.
+        """
+        task = self.tasks[task_index]
+        return shuffled(task.train, self.seed, f"{task.name}/pass")
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -154,6 +198,7 @@ class TaskStream:
                 validation_fraction=self.validation_fraction,
                 seed=self.seed,
                 name=self.name,
+                reference=self.reference,
             )
 
     def class_ids(self, task_index: int) -> list[int]:
@@ -169,10 +214,11 @@ class TaskStream:
             seen: Number of tasks learned so far; 0 for the untouched model.
 
         Returns:
-            Scenario ``"class"``: the classes of the first ``max(seen, task_index + 1)`` tasks, so that a task not yet
-            learned is asked with the label space it will have when it is. Other scenarios: the task's own classes.
+            Class-incremental scenarios: the classes of the first ``max(seen, task_index + 1)`` tasks, so that a task
+            not yet learned is asked with the label space it will have when it is. Other scenarios: the task's own
+            classes.
         """
-        if self.scenario != "class":
+        if not self.class_incremental:
             return self.class_ids(task_index)
         task_index %= len(self)
         return [number for number, entry in enumerate(self.classes) if entry.tasks[0] < max(seen, task_index + 1)]
@@ -189,14 +235,14 @@ class TaskStream:
         """
         if split not in SPLITS:
             raise ConfigError(f"no split {split!r}; {nearest(str(split), SPLITS)}")
-        task = self.tasks[task_index]
-        ids = dict(zip(task.labels, self.class_ids(task_index), strict=True))
-        return [ids[label] for label in task.splits()[split].labels]
+        ids = self.class_ids(task_index)
+        return [ids[place] for place in self.tasks[task_index].encode(split)]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of scenario, task order, names, labels, label texts and every row of every split.
 
-        Two streams with the same fingerprint hold the same data; the name of the stream does not count.
+        Two streams with the same fingerprint hold the same data: of images the pixels count, not how they are stored.
+        The seed of an online stream and the reference count too; the name of the stream does not.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
@@ -205,17 +251,55 @@ class TaskStream:
                 digest.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
 
             add(["growthring-stream", 1, self.scenario])
-            for task in self.tasks:
+            if self.online:
+                add(["pass order", self.seed])
+            for task in (*self.tasks, *([self.reference] if self.reference is not None else [])):
+                if task is self.reference:
+                    add(["reference"])
                 add([task.name, list(task.labels), [task.label_texts[label] for label in task.labels]])
                 for split, examples in task.splits().items():
-                    add([split, len(examples)])
-                    for row in examples:
+                    add([split, len(examples), *(["image"] if examples.modality == "image" else [])])
+                    for row in zip(examples.keys, examples.labels, strict=True):
                         add(row)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def _key(self, task: Task, label: str) -> str:
         return f"{task.name}/{label}" if self.scenario == "task" else label
+
+    @staticmethod
+    def _check_reference(name: str, reference: Any, taken: Mapping[str, int]) -> None:
+        if not isinstance(reference, Task):
+            raise DataError(f"stream {name!r}: reference is {type(reference).__name__}, not a Task or None.")
+        if reference.name.casefold() in taken:
+            raise DataError(
+                f"stream {name!r}: the reference has the name of task {taken[reference.name.casefold()]}, "
+                f"{reference.name!r}. Rename it; if it is that task, leave it out of one of the two places."
+            )
+
+    @staticmethod
+    def _check_modality(name: str, tasks: Sequence[Task]) -> None:
+        for task in tasks[1:]:
+            if task.modality != tasks[0].modality:
+                raise DataError(
+                    f"stream {name!r}: task {tasks[0].name!r} holds {tasks[0].modality}s and task {task.name!r} holds "
+                    f"{task.modality}s. One model reads one kind: make two streams."
+                )
+
+    def _warn_of_repeats(self) -> None:
+        again = [entry for entry in self.classes if len(entry.tasks) > 1]
+        if again:
+            shown = "; ".join(
+                f"{entry.key!r} in {', '.join(repr(self.tasks[i].name) for i in entry.tasks)}" for entry in again[:3]
+            )
+            more = f"; and {len(again) - 3} more" if len(again) > 3 else ""
+            warnings.warn(
+                f"stream {self.name!r}: {len(again)} of {len(self.classes)} classes come in more than one task "
+                f"({shown}{more}) and are one class each. If they mean different things, rename them; if they are "
+                f"meant to come again, know that the later task rehearses them.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _check_shared_labels(self) -> None:
         first = self.tasks[0]

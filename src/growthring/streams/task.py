@@ -1,4 +1,7 @@
-"""One task of a stream: labelled texts in train, test and (given or carved) validation splits, checked up front."""
+"""One task of a stream: labelled texts or images in train, test and (given or carved) validation splits.
+
+Everything is checked up front, before anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from growthring.errors import ConfigError, DataError, nearest
 from growthring.streams._checks import (
+    as_images,
     as_label,
     as_text,
     check_counts,
@@ -18,11 +23,16 @@ from growthring.streams._checks import (
     each,
     given_labels,
     number_first,
+    warn_of_file_names,
     warn_of_overlap,
     words_of_labels,
 )
 from growthring.streams._splits import Examples, carve, sample
-from growthring.streams.sources import read_rows
+from growthring.streams.images import is_image
+from growthring.streams.sources import Rows, read_rows
+
+if TYPE_CHECKING:
+    import os
 
 __all__ = ["SPLITS", "Task"]
 
@@ -31,11 +41,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
 class Task:
-    """Labelled texts under one name, checked when the object is made; immutable.
+    """Labelled texts or images under one name, checked when the object is made; immutable.
 
     Each split may be a list (or any iterable) of ``{"text": ..., "label": ...}`` dicts or ``(text, label)`` pairs, a
     dict of two equally long columns, a ``datasets.Dataset``, a torch ``Dataset`` of dicts or pairs, or the path of a
-    ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, each also with ``.gz``.
+    ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, each also with ``.gz``. With images also the path
+    of a folder that holds one folder a class.
+
+    The inputs are images if ``image`` names their column, or if the first training row is an array, a tensor, a PIL
+    image or a ``pathlib.Path``. An image is a uint8 numpy array ``(height, width)`` or ``(height, width, 3)``, a uint8
+    torch tensor ``(height, width)`` or ``(3, height, width)``, a PIL image, the path or the bytes of an image file
+    (read with Pillow: ``pip install growthring[image]``), or an ``Image`` column of ``datasets``. Every image is read
+    once when the task is made, to check it and to hash its pixels; arrays are not copied, files and columns on disk
+    stay there. A relative path counts from the folder of the file that lists it, else from the current one.
 
     Labels become strings: integers with ``ClassLabel`` features by their names, other integers and booleans by
     ``str``, strings without white space around them.
@@ -46,10 +64,11 @@ class Task:
         test: Test rows. They are measured on, never used for any choice.
         validation: Rows for choices. ``None``: :class:`TaskStream` carves them out of ``train``.
         text: Name of the text column. Default ``"text"``.
+        image: Name of the image column, which makes the inputs images; for pairs any name will do. Default ``None``.
         label: Name of the label column. Default ``"label"``.
         labels: The labels in the order wanted. Default: those of ``train``, in ``ClassLabel`` order if there is one,
             else sorted (numbers by value). Give it to allow a label that has test rows but no training rows.
-        label_texts: What a label means in words, for heads that compare texts with label texts; for labels left out,
+        label_texts: What a label means in words, for heads that compare inputs with label texts; for labels left out,
             the label itself with ``_`` read as a blank.
 
     Attributes:
@@ -61,11 +80,14 @@ class Task:
         test: Test :class:`Examples`.
 
     Raises:
-        DataError: A split is empty or unreadable, a column, a text or a label is missing, a label is unknown, or a
-            test label never appears in train. The message names task, split, row (0-based) and fix.
+        DataError: A split is empty or unreadable, a column, an input or a label is missing, an image is not of 8 bits
+            or cannot be decoded, a label is unknown, or a test label never appears in train. The message names task,
+            split, row (0-based) and fix.
+        ConfigError: The name cannot name a file, both ``text`` and ``image`` are given, or Pillow is needed and not
+            installed.
 
     Warns:
-        UserWarning: Only one class; or a text stands in two splits.
+        UserWarning: Only one class; or an input stands in two splits (images: the same pixels).
     """
 
     name: str
@@ -83,11 +105,16 @@ class Task:
         validation: Any = None,
         *,
         text: str = "text",
+        image: str | None = None,
         label: str = "label",
         labels: Sequence[str] | None = None,
         label_texts: Mapping[str, str] | None = None,
     ) -> None:
         check_name(name)
+        if image is not None and not (isinstance(image, str) and image):
+            raise ConfigError(f"task {name!r}: image={image!r}; give the name of the image column, or None for texts")
+        if image is not None and text != "text":
+            raise ConfigError(f"task {name!r}: text={text!r} and image={image!r}; its inputs are one or the other")
         splits: dict[str, Examples] = {}
         places: dict[str, str] = {}
         class_names: list[str] = []
@@ -97,14 +124,18 @@ class Task:
             where = f"task {name!r}, {split} split"
             if source is None:
                 raise DataError(f"{where}: there is none (None). A task needs train and test rows.")
-            if isinstance(source, Examples):
-                source = list(source)
-            rows = read_rows(source, text=text, label=label, where=where)
-            if not rows.texts:
+            rows = _rows_of(source, text=text, label=label, where=where, image=image)
+            if not rows.labels:
                 raise DataError(f"{rows.where} is empty. Give it at least one row.")
+            if split == "train" and image is None:
+                image = text if is_image(rows.inputs[0]) else None
+                warn_of_file_names(rows)
             places[split] = rows.where
+            fix = "Fill in the text or remove the row"
             splits[split] = Examples(
-                each(rows.texts, as_text, rows.where, "Fill in the text or remove the row"),
+                as_images(rows.inputs, rows.where)
+                if image is not None
+                else each(rows.inputs, as_text, rows.where, fix),
                 each(
                     rows.labels,
                     partial(as_label, names=rows.names),
@@ -143,6 +174,45 @@ class Task:
         return new
 
     @classmethod
+    def from_folder(
+        cls,
+        name: str,
+        train_dir: str | os.PathLike[str],
+        test_dir: str | os.PathLike[str],
+        validation_dir: str | os.PathLike[str] | None = None,
+        *,
+        labels: Sequence[str] | None = None,
+        label_texts: Mapping[str, str] | None = None,
+    ) -> Task:
+        """Make an image task of folders that hold one folder a class, named as the class.
+
+        Args:
+            name: Name of the task.
+            train_dir: Folder of the training images; class folders may hold further folders.
+            test_dir: Folder of the test images, with the same class folders or some of them.
+            validation_dir: Folder of the validation images. ``None``: as in :class:`Task`.
+            labels: As in :class:`Task`.
+            label_texts: As in :class:`Task`.
+
+        Raises:
+            DataError: A folder is not there, holds images beside the class folders or a class without images, or an
+                image cannot be read.
+            ConfigError: As in :class:`Task`.
+
+        Warns:
+            UserWarning: Files are left out because their names do not end as image files do; or as in :class:`Task`.
+        """
+        folders = [None if folder is None else Path(folder) for folder in (train_dir, test_dir, validation_dir)]
+        for split, folder in zip(("train", "test", "validation"), folders, strict=True):
+            if folder is not None and not folder.is_dir():
+                kind = "is a file" if folder.exists() else "is not there"
+                raise DataError(
+                    f"task {name!r}, {split} split: the folder {str(folder)!r} {kind}. Give the folder that holds one "
+                    f"folder a class; files are read with Task(name, train, test, image=...)."
+                )
+        return cls(name, *folders, image="image", labels=labels, label_texts=label_texts)
+
+    @classmethod
     def from_hub(
         cls,
         name: str,
@@ -151,6 +221,7 @@ class Task:
         config: str | None = None,
         splits: Mapping[str, str] | None = None,
         text: str = "text",
+        image: str | None = None,
         label: str = "label",
         labels: Sequence[str] | None = None,
         label_texts: Mapping[str, str] | None = None,
@@ -164,6 +235,7 @@ class Task:
             splits: Which split of the data set is ``"train"``, ``"test"`` and (optional) ``"validation"``; slices such
                 as ``"train[:2000]"`` are allowed. Default ``{"train": "train", "test": "test"}``.
             text: Name of the text column.
+            image: Name of the image column, which makes the inputs images.
             label: Name of the label column.
             labels: As in :class:`Task`.
             label_texts: As in :class:`Task`.
@@ -197,19 +269,39 @@ class Task:
             loaded["test"],
             loaded.get("validation"),
             text=text,
+            image=image,
             label=label,
             labels=labels,
             label_texts=label_texts,
         )
 
+    @property
+    def modality(self) -> Literal["text", "image"]:
+        """What the inputs of the task are."""
+        return self.train.modality
+
     def splits(self) -> dict[str, Examples]:
         """Return the splits that are there, by name, in the order train, validation, test."""
         return {split: getattr(self, split) for split in SPLITS if getattr(self, split) is not None}
 
+    def encode(self, split: str) -> list[int]:
+        """Return the place in :attr:`labels` of each example's label.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+
+        Raises:
+            ConfigError: There is no such split.
+        """
+        if split not in self.splits():
+            raise ConfigError(f"task {self.name!r}: no split {split!r}; {nearest(str(split), self.splits())}")
+        places = {label: place for place, label in enumerate(self.labels)}
+        return [places[label] for label in self.splits()[split].labels]
+
     def carve_validation(self, fraction: float = 0.1, seed: int = 0, *, rows: int | None = None) -> Task:
         """Split validation rows off train, stratified by label, at least one a label when possible.
 
-        Rows with the same text stay on one side. The test split has no part in it.
+        Rows with the same input stay on one side. The test split has no part in it.
 
         Args:
             fraction: Share of the training rows, between 0 and 1. Default 0.1.
@@ -221,7 +313,7 @@ class Task:
 
         Raises:
             ConfigError: ``fraction`` or ``rows`` or ``seed`` is out of range.
-            DataError: No label has two different training texts.
+            DataError: No label has two different training inputs.
         """
         if self.validation is not None:
             return self
@@ -232,8 +324,8 @@ class Task:
         kept, carved = carve(self.train, count, seed, f"{self.name}/validation")
         if not len(carved):
             raise DataError(
-                f"task {self.name!r}, train split: no label has two different texts, so no validation rows can be "
-                f"split off {len(self.train)} rows. Add training rows or pass validation=..."
+                f"task {self.name!r}, train split: no label has two different {self.modality}s, so no validation "
+                f"rows can be split off {len(self.train)} rows. Add training rows or pass validation=..."
             )
         return self._with(train=kept, validation=carved)
 
@@ -275,4 +367,12 @@ class Task:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split}={len(examples)}" for split, examples in self.splits().items())
-        return f"Task({self.name!r}, {len(self.labels)} labels, {sizes})"
+        kind = "" if self.modality == "text" else " of images"
+        return f"Task({self.name!r}, {len(self.labels)} labels{kind}, {sizes})"
+
+
+def _rows_of(source: Any, *, text: str, label: str, where: str, image: str | None) -> Rows:
+    """Read any source; the examples of another task are taken as they are."""
+    if isinstance(source, Examples):
+        return Rows(source.inputs, source.labels, None, where)
+    return read_rows(source, text=text, label=label, where=where, image=image)

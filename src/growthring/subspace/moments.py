@@ -1,6 +1,6 @@
 """Streaming second moments of features: ``C = sum_n x_n x_n^T``, never centred, bounded in memory.
 
-Three forms hold the same quantity:
+Four forms hold the same quantity, or the part of it that counts:
 
 * ``"gram"``: the ``d x d`` matrix itself, accumulated in float64. The default up to ``limit``.
 * ``"root"``: a triangular factor ``F`` with ``C = F^T F``, updated by QR. It never squares the condition number, so
@@ -8,6 +8,7 @@ Three forms hold the same quantity:
 * ``"sketch"``: Frequent Directions (Liberty 2013, "Simple and Deterministic Matrix Sketching", KDD; Ghashami et al.
   2016, SIAM J. Comput.): ``F`` with a fixed number of rows ``l`` and ``0 <= C - F^T F <= shrinkage * I``, where
   ``shrinkage <= ||X||_F^2 / l``. Memory at most ``3 l d`` however wide the features are.
+* ``"diagonal"``: the ``d`` sums of squares alone, for weights that scale features one by one; its directions are axes.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SecondMoment"]
 
-Form = Literal["gram", "root", "sketch"]
-_FORMS: tuple[Form, ...] = ("gram", "root", "sketch")
+Form = Literal["gram", "root", "sketch", "diagonal"]
+_FORMS: tuple[Form, ...] = ("gram", "root", "sketch", "diagonal")
 
 
 def _same_order(mask: Sequence[int], leading: Sequence[int]) -> bool:
@@ -45,7 +46,8 @@ class SecondMoment:
 
     Args:
         dim: Feature dimension ``d``.
-        form: ``"gram"``, ``"root"`` or ``"sketch"`` (see the module); default ``"gram"`` when ``dim <= limit``, else
+        form: ``"gram"``, ``"root"``, ``"sketch"`` or ``"diagonal"`` (see the module); default ``"gram"`` when
+            ``dim <= limit``, else
             ``"sketch"``.
         limit: Largest ``d`` kept as a full matrix by default (``4096`` is 134 MB in float64).
         rows: Rows ``l`` of the sketch; default ``512``. Only for ``form="sketch"``.
@@ -129,8 +131,8 @@ class SecondMoment:
                     f"features of shape {tuple(features.shape)} hold NaN or infinity; a second moment of them would "
                     "be NaN for good. Look for an overflow in half precision, or mask these rows out"
                 )
-            if self.form == "gram":
-                product = (wide.T @ wide).to(torch.float64)
+            if self.form in ("gram", "diagonal"):
+                product = (wide.T @ wide).to(torch.float64) if self.form == "gram" else wide.square().sum(0)
                 self._matrix = product if self._matrix is None else self._matrix.to(product.device).add_(product)
             else:
                 self._append(wide)
@@ -169,6 +171,8 @@ class SecondMoment:
         """
         if self.form == "gram":
             return torch.zeros(self.dim, self.dim, dtype=torch.float64) if self._matrix is None else self._matrix
+        if self.form == "diagonal":
+            return torch.diag(self._energies())
         factor = self.factor()
         return factor.T @ factor
 
@@ -178,12 +182,16 @@ class SecondMoment:
             values, vectors = torch.linalg.eigh(self.matrix())
             root: Tensor = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.T
             return root
+        if self.form == "diagonal":
+            return torch.diag(self._energies().sqrt())
         self._compact()
         return self._rows[0] if self._rows else torch.zeros(0, self.dim, dtype=torch.float64)
 
     @torch.no_grad()
     def top(self) -> float:
         """Largest eigenvalue of ``C``, from below, by ten power iterations: a scale, not a result."""
+        if self.form == "diagonal":
+            return float(self._energies().max())
         operator = self.matrix() if self.form == "gram" else self.factor()
         if operator.numel() == 0:
             return 0.0
@@ -210,6 +218,8 @@ class SecondMoment:
             Eigenvalues ``(q,)`` (energies, sigma squared, never negative) and orthonormal columns ``(d, q)``, both
             float64; ``q`` is the number of free directions, or fewer for a factor of fewer rows.
         """
+        if self.form == "diagonal":
+            return self._free_axes(subspace)
         if subspace is not None and self._thinner_than(subspace):
             # a few rows in a wide space: reject them (twice: a float32 basis is orthonormal to 1e-7 only) instead of
             # making the (d, d - k) basis of everything that is free
@@ -236,6 +246,19 @@ class SecondMoment:
             _, sigma, right = torch.linalg.svd(factor, full_matrices=False)
             values, vectors = sigma.square(), right.mT
         return values, (vectors if free is None else free @ vectors).contiguous()
+
+    def _energies(self) -> Tensor:
+        """Sums of squares ``(d,)`` of the diagonal form."""
+        return torch.zeros(self.dim, dtype=torch.float64) if self._matrix is None else self._matrix
+
+    def _free_axes(self, subspace: Subspace | None) -> tuple[Tensor, Tensor]:
+        energies = self._energies()
+        axes = torch.eye(self.dim, dtype=torch.float64, device=energies.device)
+        if subspace is not None and subspace.rank:
+            free = subspace.project(axes).diagonal() < 0.5  # a space grown from axes holds each wholly or not at all
+            energies, axes = energies[free], axes[:, free]
+        order = energies.argsort(descending=True, stable=True)
+        return energies[order], axes[:, order]
 
     def _thinner_than(self, subspace: Subspace) -> bool:
         rows = self.factor().shape[0] if self.form != "gram" else self.dim

@@ -1,9 +1,9 @@
-"""A text encoder with a head over all classes of a stream, as one module that ``transformers.Trainer`` can train."""
+"""An encoder with a head over all classes of a stream, as one module that ``transformers.Trainer`` can train."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growthring._io import write_json, write_with
+from growthring.errors import ConfigError, nearest
 
-from .models import hidden_states
+from .encoders import EncoderKind, base_of, hidden_states, image_features, kind_of
 
 __all__ = [
     "HEADS",
@@ -23,15 +24,17 @@ __all__ = [
     "LabelTextHead",
     "LinearHead",
     "Pooling",
-    "TextClassifier",
+    "StreamClassifier",
     "find_pooling",
     "pool",
+    "pool_image",
 ]
 
 Head = Literal["label-text", "linear"]
-Pooling = Literal["mean", "cls", "last"]
+Pooling = Literal["mean", "cls", "last", "own"]
 HEADS: tuple[Head, ...] = ("label-text", "linear")
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "last")
+"""What can be asked for; dual encoders have a pooling of their own."""
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -55,16 +58,62 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def find_pooling(folder: str | Path | None) -> Pooling:
-    """How a sentence encoder pools: read from ``1_Pooling/config.json`` where it has one, else ``"mean"``."""
+def pool_image(hidden: Tensor, pooling: Pooling, patches: int | None) -> Tensor:
+    """One vector per image.
+
+    Args:
+        hidden: ``(batch, rows, d)``; a class token, registers and learned prompts stand in front of the patches.
+        pooling: ``"cls"`` the first row, ``"mean"`` over the patches alone.
+        patches: Number of patches; ``None`` or more than there are rows: all rows are patches.
+
+    Returns:
+        ``(batch, d)``.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    return hidden[:, max(0, hidden.shape[1] - patches) :].mean(1) if patches else hidden.mean(1)
+
+
+def find_pooling(encoder: nn.Module, folder: str | Path | None, asked: str = "auto") -> Pooling:
+    """How features are pooled.
+
+    Args:
+        encoder: The encoder.
+        folder: Where it was loaded from; ``1_Pooling/config.json`` of a sentence encoder is read.
+        asked: ``"auto"``, or what is wanted.
+
+    Returns:
+        What is asked for, ``"own"`` for a dual encoder. ``"auto"``: what the sentence encoder says; else ``"last"`` for a decoder, whose last token
+        alone has seen the whole text, ``"cls"`` for an image encoder with a class token, ``"mean"`` for all others.
+
+    Raises:
+        ConfigError: On another name; ``"last"`` for images; ``"cls"`` for a decoder, whose first token has seen
+            nothing but itself.
+    """
+    if asked not in ("auto", *POOLINGS):
+        raise ConfigError(f"pooling={asked!r}: {nearest(asked, ('auto', *POOLINGS))}")
+    base, kind = base_of(encoder), kind_of(encoder)
+    if kind == "dual":
+        if asked != "auto":
+            raise ConfigError(f"pooling={asked!r}: {type(base).__name__} pools by itself; leave pooling='auto'")
+        return "own"
+    if kind == "image":
+        if asked == "last":
+            raise ConfigError("pooling='last' is for texts; for images choose 'cls' or 'mean'")
+        tokens = {n.split(".")[-1] for n, _ in base.named_parameters()} & {"cls_token", "class_embedding"}
+        return asked if asked != "auto" else "cls" if tokens else "mean"  # type: ignore[return-value]
+    causal = any(getattr(m, "is_causal", False) for m in base.modules())
+    if causal and asked == "cls":
+        raise ConfigError("pooling='cls': the first token of a decoder has seen nothing of the text; choose 'last'")
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
     file = Path(folder) / "1_Pooling" / "config.json" if folder else None
     if file is not None and file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.get("pooling_mode_cls_token"):
             return "cls"
-        if settings.get("pooling_mode_lasttoken"):
-            return "last"
-    return "mean"
+        return "last" if settings.get("pooling_mode_lasttoken") else "mean"
+    return "last" if causal else "mean"
 
 
 class LabelTextHead(nn.Module):
@@ -136,50 +185,87 @@ class LinearHead(nn.Module):
         return logits
 
 
-class TextClassifier(nn.Module):
+class StreamClassifier(nn.Module):
     """Encoder, pooling and head. Called as ``transformers.Trainer`` calls a model.
 
     Args:
-        encoder: A ``transformers`` encoder, or a PEFT model around one, whose output has ``last_hidden_state``.
+        encoder: A ``transformers`` encoder of texts or images, a dual encoder, or a PEFT model around one.
         head: The head.
-        pooling: See :func:`pool`.
+        pooling: See :func:`pool` and :func:`pool_image`; a dual encoder pools itself.
         task_classes: For every task the ids of its classes; the loss of an example compares its own task's classes
             only (local cross-entropy), so a new task never pushes down the logits of an old one.
+        classes: Number of classes of all tasks.
     """
+
+    allowed: Tensor
 
     def __init__(
         self,
         encoder: nn.Module,
-        head: LabelTextHead | LinearHead,
+        head: nn.Module,
         pooling: Pooling,
         task_classes: Sequence[Sequence[int]],
         classes: int,
     ) -> None:
         super().__init__()
         self.encoder, self.head, self.pooling = encoder, head, pooling
+        self.kind: EncoderKind = kind_of(encoder)
+        self.patch = getattr(base_of(encoder).config, "patch_size", None)
         allowed = torch.zeros(len(task_classes), classes, dtype=torch.bool)
         for row, ids in enumerate(task_classes):
             allowed[row, list(ids)] = True
         self.register_buffer("allowed", allowed, persistent=False)
 
-    allowed: Tensor
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> Tensor:
+        """Pooled features ``(batch, d)`` of texts or of images, in float32 at least."""
+        if pixel_values is None:
+            if input_ids is None:
+                raise ConfigError("a batch holds neither input_ids nor pixel_values")
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return pool(hidden_states(self.encoder, input_ids=input_ids, attention_mask=mask), mask, self.pooling)
+        if self.kind == "dual":
+            return image_features(self.encoder, pixel_values)
+        hidden = hidden_states(self.encoder, pixel_values=pixel_values)
+        high, wide = pixel_values.shape[-2:]
+        patches = (high // self.patch) * (wide // self.patch) if isinstance(self.patch, int) else None
+        return pool_image(hidden, self.pooling, patches)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pooled features ``(batch, d)``."""
-        return pool(hidden_states(self.encoder, input_ids, attention_mask), attention_mask, self.pooling)
+    def logits(self, features: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """Scores of classes, in float32 at least.
+
+        Args:
+            features: ``(batch, d)`` as :meth:`embed` gives them.
+            tasks: Ids of the tasks whose classes are asked for; scores of other classes may then be minus infinity.
+                Default: all classes.
+
+        Returns:
+            ``(batch, classes)``.
+        """
+        return _wide(self.head(features))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, task_ids: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        task_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits over all classes, and the local cross-entropy when labels and task ids are given.
 
         Args:
             input_ids: ``(batch, tokens)``.
             attention_mask: ``(batch, tokens)``.
+            pixel_values: ``(batch, 3, height, width)``, in place of the two.
             labels: ``(batch,)`` class ids of the whole stream.
             task_ids: ``(batch,)`` which task each example belongs to.
         """
-        logits = self.head(self.embed(input_ids, attention_mask)).float()
+        logits = self.logits(self.embed(input_ids, attention_mask, pixel_values), task_ids)
         if labels is None or task_ids is None:
             return {"logits": logits}
         local = logits.masked_fill(~self.allowed[task_ids], float("-inf"))
@@ -193,15 +279,26 @@ class TextClassifier(nn.Module):
         """The same, under the name that older Trainers call it by."""
         self.encoder.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
 
-    def save_head(self, folder: str | Path, classes: Sequence[dict[str, Any]]) -> None:
-        """Write ``head.safetensors`` and ``head.json`` (class names, kind of head, pooling)."""
+    def save_head(
+        self, folder: str | Path, classes: Sequence[dict[str, Any]], images: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write ``head.safetensors`` and ``head.json``: kind of head, pooling, class names, how images are made."""
         folder = Path(folder)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.head_tensors().items()}
         write_with(folder / "head.safetensors", lambda t: save_file(tensors, t))
-        kind = "linear" if isinstance(self.head, LinearHead) else "label-text"
-        members = self.head.members if isinstance(self.head, LinearHead) else None
-        scale = self.head.scale if isinstance(self.head, LabelTextHead) else None
-        write_json(
-            folder / "head.json",
-            {"head": kind, "pooling": self.pooling, "scale": scale, "blocks": members, "classes": list(classes)},
-        )
+        settings = self.head_settings() | {"pooling": self.pooling, "classes": list(classes)}
+        write_json(folder / "head.json", settings | ({"images": dict(images)} if images else {}))
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """What ``head.safetensors`` holds."""
+        return dict(self.head.state_dict())
+
+    def head_settings(self) -> dict[str, Any]:
+        """What ``head.json`` says of the head itself."""
+        if isinstance(self.head, LinearHead):
+            return {"head": "linear", "scale": None, "blocks": self.head.members}
+        return {"head": "label-text", "scale": getattr(self.head, "scale", None), "blocks": None}
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -5,29 +5,42 @@ from __future__ import annotations
 import copy
 import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from growthring.errors import ConfigError, GuardError, nearest
+from growthring.errors import ConfigError, GuardError
 from growthring.evaluation import BASE_ROW
 from growthring.guards import PEGP, Certificate, Guard
 from growthring.streams import TaskStream
 
-from .classifier import HEADS, POOLINGS, LabelTextHead, LinearHead, Pooling, TextClassifier, find_pooling, pool
-from .data import Collator, EncodedSplit, balanced_batches, encode_stream, evaluation_batches
-from .folder import check_config, check_folder, describe_tasks, resolved_config, save_model
+from .analytic import check_classifiers
+from .building import build
+from .classifier import LinearHead
+from .data import EncodedSplit, balanced_batches
+from .folder import check_config, describe_tasks, resolved_config, save_model
 from .logs import Bars, RunLog, StepCallback
-from .models import adapt, hidden_states, load_encoder, usable_length
+from .reference import Reference, zero_shot_figures
 from .result import RunResult
 from .scoring import Scorer, Tables
-from .steps import Budget, StreamTrainer, bit_sums, check_arguments, task_arguments
+from .steps import (
+    Budget,
+    StreamTrainer,
+    bit_sums,
+    blend,
+    check_arguments,
+    check_changed,
+    explain,
+    merge_weight,
+    task_arguments,
+)
 
 __all__ = ["ContinualTrainer"]
 
@@ -38,14 +51,15 @@ MAX_SEED = 4_000_000
 
 
 class ContinualTrainer:
-    """Learns a stream of text-classification tasks, one after another, and measures what is kept.
+    """Learns a stream of classification tasks, of texts or of images, one after another; measures what is kept.
 
     Every task is one run of ``transformers.Trainer`` with a fresh optimizer; guards correct every step; after every
     task each guard consolidates and one row of the accuracy matrix is filled. Test data are only ever scored.
 
     Args:
-        model: A ``transformers`` encoder (its outputs have ``last_hidden_state``), a PEFT model around one, or the
-            name or folder of one.
+        model: A ``transformers`` encoder, a PEFT model around one, or the name or folder of one. Text encoders and
+            decoder language models without a head, image encoders (ViT, DINOv2), and dual encoders (``CLIPModel``,
+            ``VisionTextDualEncoderModel``), which classify images by their similarity to class prompts.
         stream: The tasks.
         adapter: A PEFT config (wrapped around the model, seeded), ``"linear"`` for all linear weights of the encoder,
             ``"full"`` for all its parameters, or ``None`` for what ``model`` already trains.
@@ -54,10 +68,19 @@ class ContinualTrainer:
         guards: Guards, in the order in which they act.
         args: ``TrainingArguments``; one task's training. ``max_steps`` or ``num_train_epochs`` are per task.
         tokenizer: Default: that of ``model``'s name or folder.
-        head: ``"label-text"`` (default): similarity to embedded label names, which works before any training.
-            ``"linear"``: a head that grows with the classes. Whether tasks share classes is the stream's scenario.
-        pooling: ``"auto"`` (default: what the sentence encoder says, else mean), ``"mean"``, ``"cls"`` or ``"last"``.
+        head: ``"label-text"``: similarity to embedded label names, which works before any training; for a dual
+            encoder to class prompts, which its text tower reads. ``"linear"``: a head that grows with the classes.
+            ``"auto"`` (default): label texts where the model reads text, else linear. Whether tasks share classes is
+            the stream's scenario.
+        pooling: ``"mean"``, ``"cls"`` or ``"last"``; ``"auto"`` (default): what the sentence encoder says, else last
+            for decoders, the class token for image encoders that have one, and the mean for all others.
         max_length: Tokens kept of a text; default 128.
+        image_size: Pixels of each side of the images that the model is given; positions are interpolated. Default:
+            what the preprocessing says, else the model's own size.
+        image_processor: How pixel values are made: an :class:`~growthring.trainer.ImagePreprocessor`, a mapping like
+            ``preprocessor_config.json``, or a ``transformers`` image processor. Default: the file of ``model``'s
+            folder.
+        prompt_template: Class prompt of a dual encoder, with ``{}`` for the class name.
         steps: Optimizer steps of single tasks, by name; overrides ``args`` for those tasks.
         total_steps: Optimizer steps of the whole stream, shared equally over its tasks; overrides ``args``.
         joint: Train on all tasks at once instead, with the sum of their budgets: the upper bound.
@@ -72,6 +95,10 @@ class ContinualTrainer:
         progress: Draw progress bars on standard error; default False.
         callbacks: Further ``TrainerCallback`` objects, given to every task's Trainer (not to trials of a guard).
         config: Recorded in the results as the resolved configuration.
+        classifiers: Who answers, all from the same features in the same run: ``"head"`` (default), the trained head;
+            ``"prototype"``, the nearest class mean by cosine; ``"ridge"``, ridge regression on random features
+            (RanPAC). The last two learn from one pass over a task's training rows when it ends, and forget nothing of
+            their own. The first one fills the main matrix; all of them are in :attr:`RunResult.views`.
 
     Raises:
         ConfigError: On settings that cannot work, each with what is allowed.
@@ -88,9 +115,12 @@ class ContinualTrainer:
         guards: Sequence[Guard] = (),
         args: TrainingArguments | None = None,
         tokenizer: Any = None,
-        head: str = "label-text",
+        head: str = "auto",
         pooling: str = "auto",
         max_length: int = 128,
+        image_size: int | None = None,
+        image_processor: Any = None,
+        prompt_template: str = "a photo of a {}.",
         steps: Mapping[str, int] | None = None,
         total_steps: int | None = None,
         joint: bool = False,
@@ -105,10 +135,8 @@ class ContinualTrainer:
         progress: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
         config: Mapping[str, Any] | None = None,
+        classifiers: Sequence[str] = ("head",),
     ) -> None:
-        for what, value, allowed in (("head", head, HEADS), ("pooling", pooling, ("auto", *POOLINGS))):
-            if value not in allowed:
-                raise ConfigError(f"{what}={value!r}: {nearest(str(value), allowed)}")
         if joint and guards:
             raise ConfigError(
                 "joint=True trains on all tasks at once: there is no earlier task to guard; drop the guards"
@@ -117,6 +145,7 @@ class ContinualTrainer:
             raise ConfigError("tensorboard=True writes into the run folder: give output_dir")
         if args is None:
             args = TrainingArguments(learning_rate=1e-3, logging_steps=10, report_to=[])
+            args.num_train_epochs = 1 if stream.online else args.num_train_epochs
         check_arguments(args)
         self.args = copy.deepcopy(args)
         self.seed = self.args.seed if seed is None else seed
@@ -127,29 +156,25 @@ class ContinualTrainer:
         self.folder = Path(output_dir) if output_dir is not None else None
         self.tensorboard, self.progress, self.callbacks = tensorboard, progress, list(callbacks)
         self._splits = ["test"] * evaluate_test + ["validation"] * evaluate_validation
+        classifiers = check_classifiers(classifiers)
+        merge_weight(self.guards)
         self._budget = Budget(stream, self.args, steps, total_steps)
         self._notes: list[str] = []
         self._fitted = False
         set_seed(self.seed)
-        encoder, self.tokenizer, source = load_encoder(model, tokenizer)
-        check_folder(self.folder, source)
-        max_length = usable_length(encoder, self.tokenizer, max_length)
-        self._collate = Collator(self._pad_id())
-        self._data = encode_stream(stream, self.tokenizer, max_length)
-        how = find_pooling(source) if pooling == "auto" else cast(Pooling, pooling)
-        self.config = check_config(config or {}) or resolved_config(
-            method, adapter, head, how, max_length, self.args, self._budget.by_task, optimizer, self.guards
-        )
         self.device = self.args.device
-        encoder = encoder.to(self.device)
-        built = self._head(head, encoder, how, max_length)
-        set_seed(self.seed)  # the adapter's first weights do not depend on the kind of head
-        encoder = adapt(encoder, adapter)
-        self.model = TextClassifier(
-            encoder, built, how, [stream.class_ids(i) for i in range(len(stream))], len(stream.classes)
-        )
-        self.model.to(self.device)
-        self._scorer = Scorer(self.model, stream, self._data, self._collate, eval_batch_size)
+        built = build(
+            model, stream, adapter=adapter, tokenizer=tokenizer, head=head, pooling=pooling, max_length=max_length,
+            image_size=image_size, image_processor=image_processor, prompt_template=prompt_template,
+            device=self.device, seed=self.seed, output=self.folder,
+        )  # fmt: skip
+        self.model, self.tokenizer, self._collate, self._data = built.model, built.tokenizer, built.collate, built.data
+        self.config = check_config(config or {}) or resolved_config(
+            method, adapter, built, self.args, self._budget.by_task, optimizer, self.guards
+        ) | {"classifiers": list(classifiers)}
+        self._scorer = Scorer(self.model, stream, self._data, self._collate, eval_batch_size, classifiers, self.seed)
+        self._reference = Reference(stream, built, self.guards, eval_batch_size)
+        self._zero_shot = built.head == "label-text" and classifiers[0] == "head" and not joint
         self._check_trainable()
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -170,7 +195,7 @@ class ContinualTrainer:
         start = time.perf_counter()
         names = [task.name for task in self.stream]
         rounds = [list(range(len(names)))] if self.joint else [[i] for i in range(len(names))]
-        tables = Tables(names, self._splits)
+        tables = Tables(names, self._splits, self._scorer.views)
         certificates: list[Certificate] = []
         timings: list[dict[str, Any]] = []
         log = self._open_folder()
@@ -179,11 +204,18 @@ class ContinualTrainer:
                 self._prepare(rounds[0])
                 for guard in self.guards:
                     guard.attach(self.model)  # a guard that cannot work says so before anything is computed
+                sites = explain(self.model, self.guards)
                 tables.add_row(BASE_ROW, 0, self._scorer, log, bars, 0)
+                self._reference.score(log)
+                certificates += self._reference.protect(self.seed, log, bars)
                 done = 0
                 for number, members in enumerate(rounds):
                     name = "joint" if self.joint else names[number]
                     spent: dict[str, Any] = {"name": name}
+                    if any(_prepares(g) for g in self.guards):
+                        clock = time.perf_counter()
+                        self._prepare_guards(number, name, bars)
+                        spent["prepare_seconds"] = time.perf_counter() - clock
                     if number == 1 and any(_undecided(g) for g in self.guards):
                         spent["tune_seconds"] = self._tune_guards(log, bars)
                     clock = time.perf_counter()
@@ -193,8 +225,13 @@ class ContinualTrainer:
                     clock = time.perf_counter()
                     certificates += self._consolidate(number, name, log, bars)
                     spent["consolidate_seconds"] = time.perf_counter() - clock
+                    if self._scorer.learns:
+                        clock = time.perf_counter()
+                        self._learn(members, name, log, bars)
+                        spent["classifier_seconds"] = time.perf_counter() - clock
                     clock = time.perf_counter()
                     tables.add_row(name, members[-1] + 1, self._scorer, log, bars, done)
+                    self._reference.score(log)
                     spent["evaluate_seconds"] = time.perf_counter() - clock
                     timings.append(spent)
                     bars.task_done()
@@ -217,14 +254,27 @@ class ContinualTrainer:
             seeds={"everything": self.seed, "stream": self.stream.seed},
             folder=self.folder,
             notes=self._notes,
+            views=tables.views(),
+            sites=sites,
+            reference=self._reference.accuracies or None,
+            mtil=zero_shot_figures(tables.accuracy("test")) if self._zero_shot else None,
         )
         if self.folder is not None:
-            save_model(self.folder, self.model, self.tokenizer, self.stream, self.guards)
+            save_model(self.folder, self.model, self.tokenizer, self.stream, self.guards, self._collate.images)
+            for classifier in self._scorer.analytic.values():
+                classifier.save_pretrained(self.folder / "classifiers")
             result.save(self.folder / "results.json")
         return result
 
     def predict(
-        self, task_index: int, split: str = "test", *, seen: int | None = None, batch_size: int | None = None
+        self,
+        task_index: int,
+        split: str = "test",
+        *,
+        seen: int | None = None,
+        batch_size: int | None = None,
+        classifier: str | None = None,
+        given: str | None = None,
     ) -> list[int]:
         """Predicted class ids of one split, in the order of its examples.
 
@@ -233,49 +283,17 @@ class ContinualTrainer:
             split: ``"train"``, ``"validation"`` or ``"test"``.
             seen: Tasks learned so far; decides the candidates in class-incremental streams. Default: all.
             batch_size: Examples at once; it does not change the answer.
+            classifier: One of those that this trainer was made with; default: the first.
+            given: ``"classes seen"`` or ``"task"``: what the classifier is told; default: as the scenario says.
 
         Raises:
-            ConfigError: There is no such split.
+            ConfigError: There is no such split, classifier or view, or the classifier has learned none of the
+                task's classes.
         """
-        return self._scorer.predict(task_index, split, len(self.stream) if seen is None else seen, batch_size)
+        seen = len(self.stream) if seen is None else seen
+        return self._scorer.predict(task_index, split, seen, batch_size, classifier, given)
 
     # --- building -----------------------------------------------------------------------------------------------
-
-    def _pad_id(self) -> int:
-        for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(self.tokenizer, name, None)
-            if value is not None:
-                return int(value)
-        raise ConfigError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
-
-    def _head(self, head: str, encoder: nn.Module, pooling: Pooling, max_length: int) -> LabelTextHead | LinearHead:
-        if head == "linear":
-            return LinearHead(int(encoder.config.hidden_size), len(self.stream.classes))  # type: ignore[union-attr,arg-type]
-        texts = [entry.text for entry in self.stream.classes]
-        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        self._check_label_tokens(tokens)
-        split = EncodedSplit(tokens, [0] * len(tokens), [0] * len(tokens))
-        vectors: list[Tensor] = [torch.empty(0)] * len(tokens)
-        encoder.eval()
-        with torch.no_grad():
-            for rows, batch in evaluation_batches(split, 64, self._collate):
-                mask = batch["attention_mask"].to(self.device)
-                hidden = hidden_states(encoder, batch["input_ids"].to(self.device), mask)
-                for row, vector in zip(rows, F.normalize(pool(hidden, mask, pooling).float(), dim=-1), strict=True):
-                    vectors[row] = vector
-        return LabelTextHead(torch.stack(vectors))
-
-    def _check_label_tokens(self, tokens: Sequence[list[int]]) -> None:
-        """Classes of one task with the same tokens get the same vector: nothing could be learned."""
-        for index, task in enumerate(self.stream):
-            first: dict[tuple[int, ...], str] = {}
-            for label, number in zip(task.labels, self.stream.class_ids(index), strict=True):
-                other = first.setdefault(tuple(tokens[number]), label)
-                if other != label:
-                    raise ConfigError(
-                        f"task {task.name!r}: the tokenizer makes the same of the label texts of {other!r} and "
-                        f"{label!r}; give label_texts in words that it knows, or use head='linear'"
-                    )
 
     def _check_trainable(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -305,59 +323,105 @@ class ContinualTrainer:
         self, members: Sequence[int], name: str, log: RunLog, bars: Bars, done: int, trial: bool = False
     ) -> int:
         """Train on the given tasks; returns the number of optimizer steps."""
-        index = members[-1]
-        seed = self.seed * 1000 + index
         self._prepare(members)
+        if self._nothing_to_learn(members):
+            self._skip(name, trial)
+            return 0
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         before = dict(zip(trained, bit_sums(trained.values()), strict=True))
-        data = EncodedSplit.join([self._data[i]["train"] for i in members])
-        max_steps = self._budget.max_steps(members, [len(self._data[i]["train"]) for i in members])
+        guarded = members[-1] > 0 or self.stream.reference is not None  # else nothing is guarded yet
+        weight = merge_weight(self.guards) if guarded else 0.0
+        start = {n: p.detach().clone() for n, p in trained.items()} if weight else {}
+        taken = self._run(members, name, log, bars, done, self.guards, trial)
+        if weight:
+            strict = {n: p.detach().clone() for n, p in trained.items()}
+            blend(trained, start, 0.0)
+            taken += self._run(members, f"{name}: without guards", log, bars, done + taken, [], trial)
+            blend(trained, strict, weight)
+        after = dict(zip(trained, bit_sums(trained.values()), strict=True))
+        check_changed((n for n in trained if before[n] != after[n]), trained, self.guards, name, taken)
+        return taken
+
+    def _run(
+        self,
+        members: Sequence[int],
+        name: str,
+        log: RunLog,
+        bars: Bars,
+        done: int,
+        guards: Sequence[Guard],
+        trial: bool,
+    ) -> int:
+        """One run of the Trainer over the training rows of some tasks."""
+        index = members[-1]
+        rows: Dataset[Any] = EncodedSplit.join([self._data[i]["train"] for i in members])
+        in_order = self.stream.online and len(members) == 1
+        if in_order:
+            rows = Subset(rows, self.stream.pass_order(index))
+        sizes = [len(self._data[i]["train"]) for i in members]
+        max_steps = self._budget.max_steps(members, sizes)
         trainer = StreamTrainer(
             task=name,
-            guards=self.guards,
+            guards=guards,
             model=self.model,
-            args=task_arguments(self.args, seed, max_steps, self.folder, self.optimizer),
-            train_dataset=data,
+            args=task_arguments(self.args, self.seed * 1000 + index, max_steps, self.folder, self.optimizer, in_order),
+            train_dataset=rows,
             data_collator=self._collate,
             optimizer_cls_and_kwargs=self.optimizer,
             callbacks=[
-                *(g.callback(loss_added=True) for g in self.guards),
+                *(g.callback(loss_added=True) for g in guards),
                 StepCallback(log, bars, name, index, done),
                 *([] if trial else self.callbacks),
             ],
         )
-        bars.task(name, self._budget.planned(max_steps, len(data)))
-        taken = trainer.run()
-        after = dict(zip(trained, bit_sums(trained.values()), strict=True))
-        self._check_changed({n for n in trained if before[n] != after[n]}, set(trained), name, taken)
-        return taken
+        bars.task(name, self._budget.planned(max_steps, sum(sizes)))
+        return trainer.run()
 
-    def _check_changed(self, changed: set[str], trained: set[str], name: str, steps: int) -> None:
-        encoder = {n for n in trained if n.startswith("encoder.")}
-        if changed & encoder or (changed and not encoder):
-            return
-        if any(isinstance(g, PEGP) and g.exhausted() for g in self.guards):
-            logger.warning("task %r changed nothing: no free direction is left", name)
-        elif changed:
-            logger.warning("task %r changed the head and nothing in the encoder, although parts of it train", name)
-        else:
-            raise GuardError(
-                f"task {name!r} took {steps} steps and no weight changed: the learning rate may be 0, or the trained "
-                "part may not be used in the forward pass"
+    def _nothing_to_learn(self, members: Sequence[int]) -> bool:
+        """Whether the loss is constant: each task has one class to choose from, and no guard adds a term."""
+        single = all(len(self.stream.class_ids(i)) == 1 for i in members)
+        return single and all(type(g).loss is Guard.loss for g in self.guards)
+
+    def _skip(self, name: str, trial: bool) -> None:
+        """Pass over the training of a task that has one class; guards begin it, so that they can end it."""
+        if not trial:
+            message = (
+                f"task {name!r} has one class: the loss compares a task's own classes only, so it is constant, and no "
+                "step is taken. Prototypes and the ridge classifier learn the class nevertheless (classifiers=)"
             )
+            warnings.warn(message, UserWarning, stacklevel=4)
+            self._notes.append(message)
+        for guard in self.guards:
+            guard.attach(self.model)
+            guard.begin_task(name)
+
+    def _sample(self, number: int, guard: Guard) -> list[dict[str, Tensor]]:
+        """Training rows of a task for a guard to look at, drawn evenly over the classes."""
+        samples = getattr(guard, "samples", 256)
+        return balanced_batches(self._data[number]["train"], samples, 32, self._collate, self.seed * 1000 + number)
+
+    def _prepare_guards(self, number: int, name: str, bars: Bars) -> None:
+        """Let guards that want to see a task before it trains see it."""
+        for guard in self.guards:
+            if _prepares(guard):
+                bars.task(f"{name}: preparing", None)
+                guard.prepare(name, self._sample(number, guard))
 
     def _consolidate(self, number: int, name: str, log: RunLog, bars: Bars) -> list[Certificate]:
         certificates = []
         for guard in self.guards:
             bars.task(f"{name}: consolidating", None)
-            samples = getattr(guard, "samples", 256)
-            batches = balanced_batches(
-                self._data[number]["train"], samples, 32, self._collate, self.seed * 1000 + number
-            )
-            certificate = guard.end_task(name, batches)
+            certificate = guard.end_task(name, self._sample(number, guard))
             log.write("certificate", **{k: v for k, v in certificate.to_dict().items() if k != "sites"})
             certificates.append(certificate)
         return certificates
+
+    def _learn(self, members: Sequence[int], name: str, log: RunLog, bars: Bars) -> None:
+        """Let the classifiers that are not trained learn from the features of finished tasks."""
+        bars.task(f"{name}: classifiers", None)
+        for index in members:
+            for classifier, chosen in self._scorer.learn(index).items():
+                log.write("classifier", classifier=classifier, task=self.stream[index].name, **chosen)
 
     def _tune_guards(self, log: RunLog, bars: Bars) -> float:
         """At the first boundary, let guards with ``energy='auto'`` try the second task; returns the seconds taken."""
@@ -365,10 +429,14 @@ class ContinualTrainer:
         self._prepare([1])  # before the copy: the head's rows for the second task start from scratch in every trial
         kept = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         kept |= {n: b.detach().clone() for n, b in self.model.named_buffers()}
+        learned = copy.deepcopy(self._scorer.analytic)
 
         def trial(candidate: object) -> float:
             self._train([1], f"{self.stream[1].name}: trying", RunLog(None), bars, 0, trial=True)
-            score = sum(self._scorer.score(i, "validation", 2)[0] for i in (0, 1)) / 2
+            if self._scorer.learns:
+                self._scorer.learn(1)
+            score = sum(self._scorer.main_score(i, "validation", 2) for i in (0, 1)) / 2
+            self._scorer.analytic = copy.deepcopy(learned)
             log.write("trial", candidate=str(candidate), validation_accuracy=score)
             with torch.no_grad():
                 for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
@@ -382,6 +450,10 @@ class ContinualTrainer:
                 logger.info(chosen)
                 self._notes.append(chosen)
         return time.perf_counter() - clock
+
+
+def _prepares(guard: Guard) -> bool:
+    return type(guard).prepare is not Guard.prepare
 
 
 def _undecided(guard: Guard) -> bool:

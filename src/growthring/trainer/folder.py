@@ -6,17 +6,22 @@ import enum
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from growthring.errors import ConfigError
-from growthring.guards import PEGP, Guard
+from growthring.guards import Guard
 from growthring.streams import TaskStream
 
-from .classifier import TextClassifier
+from .classifier import StreamClassifier
+from .dual import ClassPrompts
 from .steps import Optimizer
+from .vision import ImagePreprocessor
+
+if TYPE_CHECKING:
+    from .building import Built
 
 __all__ = ["check_config", "check_folder", "describe_tasks", "resolved_config", "save_model"]
 
@@ -70,9 +75,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def resolved_config(
     method: str,
     adapter: PeftConfig | str | None,
-    head: str,
-    pooling: str,
-    max_length: int,
+    built: Built,
     args: TrainingArguments,
     steps: Mapping[str, int],
     optimizer: Optimizer | None,
@@ -86,13 +89,16 @@ def resolved_config(
     if isinstance(adapter, PeftConfig):
         kept = {key: getattr(adapter, key) for key in _ADAPTER if hasattr(adapter, key)}
         adapter = _plain(kept)
+    images, head = built.collate.images, built.model.head
     return {
         "method": method,
         "adapter": adapter,
-        "head": head,
-        "pooling": pooling,
-        "max_length": max_length,
-        "guards": [{"name": g.name, **(_plain(g.settings()) if isinstance(g, PEGP) else {})} for g in guards],
+        "head": built.head,
+        "pooling": built.pooling,
+        "max_length": built.max_length if built.model.kind != "image" else None,
+        "images": _plain(images.to_dict()) if images is not None else None,
+        "prompt_template": head.template if isinstance(head, ClassPrompts) else None,
+        "guards": [{"name": g.name, **(_plain(g.settings()) if hasattr(g, "settings") else {})} for g in guards],
         "train": train,
     }
 
@@ -106,18 +112,32 @@ def describe_tasks(stream: TaskStream) -> list[dict[str, Any]]:
 
 
 def save_model(
-    folder: Path, model: TextClassifier, tokenizer: Any, stream: TaskStream, guards: Sequence[Guard]
+    folder: Path,
+    model: StreamClassifier,
+    tokenizer: Any,
+    stream: TaskStream,
+    guards: Sequence[Guard],
+    images: ImagePreprocessor | None = None,
 ) -> None:
-    """Write the adapter (stock PEFT) or the encoder (stock transformers), the head, and the guards' memory."""
+    """Write the adapter (stock PEFT) or the encoder (stock transformers), the head, and the guards' memory.
+
+    Beside an encoder stand its tokenizer and its ``preprocessor_config.json``, as far as it has them.
+    """
     if isinstance(model.encoder, PeftModel):
         model.encoder.save_pretrained(str(folder / "adapter"))
     elif isinstance(model.encoder, PreTrainedModel):
         model.encoder.save_pretrained(str(folder / "model"))
-        tokenizer.save_pretrained(str(folder / "model"))
-    model.save_head(folder, [{"key": c.key, "label": c.label, "text": c.text} for c in stream.classes])
-    for guard in guards:
-        if isinstance(guard, PEGP):
-            guard.save_pretrained(folder / "memory")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder / "model"))
+        if images is not None:
+            images.save_pretrained(folder / "model")
+    classes = [{"key": c.key, "label": c.label, "text": c.text} for c in stream.classes]
+    model.save_head(folder, classes, images.to_dict() if images is not None else None)
+    savers = [guard for guard in guards if callable(getattr(guard, "save_pretrained", None))]
+    for number, guard in enumerate(savers):
+        alike = sum(other.name == guard.name for other in savers[:number])
+        place = guard.name if not alike else f"{guard.name}-{alike + 1}"
+        guard.save_pretrained(folder / "memory" / place if len(savers) > 1 else folder / "memory")  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:

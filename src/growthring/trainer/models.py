@@ -1,4 +1,4 @@
-"""Loading an encoder, choosing which of its weights train, and reading features from it."""
+"""Loading an encoder, and choosing which of its weights train."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from growthring.errors import ConfigError, nearest
 
-__all__ = ["TRAINABLE", "adapt", "freeze_all_but", "hidden_states", "load_encoder", "usable_length"]
+from .encoders import base_of, kind_of
+
+__all__ = ["TRAINABLE", "adapt", "freeze_all_but", "load_encoder", "usable_length"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +45,14 @@ def load_encoder(model: nn.Module | str | Path, tokenizer: Any = None) -> tuple[
 
     Args:
         model: An encoder, a PEFT model, a folder, or a hub name. Code from a hub is never run.
-        tokenizer: Default: loaded from where the model came from.
+        tokenizer: Default: loaded from where the model came from. Image encoders have none.
 
     Returns:
         Encoder, tokenizer and the folder it was loaded from (``None`` for a hub name or a model object).
 
     Raises:
-        ConfigError: If a name can be loaded neither locally nor from the hub, or no tokenizer can be found.
+        ConfigError: If a name can be loaded neither locally nor from the hub, the model is of no kind that can be
+            used, or no tokenizer can be found.
     """
     if isinstance(model, nn.Module):
         source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
@@ -67,6 +70,8 @@ def load_encoder(model: nn.Module | str | Path, tokenizer: Any = None) -> tuple[
         encoder = getattr(encoder, "base_model", encoder)
         _rest_pooler(encoder)
     folder = Path(source) if source and Path(source).is_dir() else None
+    if kind_of(encoder) == "image":
+        return encoder, None, folder
     return encoder, _tokenizer(source, folder) if tokenizer is None else tokenizer, folder
 
 
@@ -93,9 +98,18 @@ def _tokenizer(source: str, folder: Path | None) -> Any:
         raise ConfigError(f"no tokenizer could be loaded from {source!r}; give tokenizer=") from error
 
 
-def usable_length(encoder: nn.Module, tokenizer: Any, asked: int) -> int:
-    """``asked`` tokens, or fewer where the model has no positions for them."""
-    limits = (getattr(encoder.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+def usable_length(encoder: nn.Module, tokenizer: Any, asked: int, adapter: PeftConfig | str | None = None) -> int:
+    """``asked`` tokens, or fewer where the model has no positions for them; virtual tokens take positions too."""
+    if isinstance(encoder, PeftModel):
+        adapter = encoder.active_peft_config
+    config = base_of(encoder).config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator,union-attr]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int):
+        positions -= getattr(adapter, "num_virtual_tokens", None) or 0
+        if positions < 3:
+            raise ConfigError("the adapter's virtual tokens leave no position for a text; choose fewer")
+    limits = (positions, getattr(tokenizer, "model_max_length", None))
     length = min([asked, *(n for n in limits if isinstance(n, int) and n > 0)])
     if length < asked:
         logger.info("texts are cut at %d tokens, which is what the model can hold; max_length=%d", length, asked)
@@ -113,7 +127,8 @@ def adapt(encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
         The encoder, wrapped where ``adapter`` is a PEFT config.
 
     Raises:
-        ConfigError: If there is an adapter already, a name is unknown, or the rank is larger than the width.
+        ConfigError: If there is an adapter already, a name is unknown, the rank is larger than the width, or PEFT's
+            prompt learning is to adapt what is no text encoder.
     """
     if not isinstance(adapter, PeftConfig):
         if adapter is not None:
@@ -125,7 +140,12 @@ def adapt(encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
     if isinstance(rank, int) and 0 < width < rank:
         raise ConfigError(f"adapter rank {rank} is larger than the model's width {width}; choose r <= {width}")
     adapter = copy.deepcopy(adapter)
+    if adapter.is_prompt_learning:
+        _for_features(encoder, adapter)
     _exclude_pooler(encoder, adapter)
+    kinds = {type(m) for m in encoder.modules()}
+    if hasattr(adapter, "fan_in_fan_out") and Conv1D in kinds and nn.Linear not in kinds:
+        adapter.fan_in_fan_out = True  # GPT-2 stores its matrices so; PEFT would find out, with a warning
     with warnings.catch_warnings():
         # peft asks transformers for this property under its old name; nothing a user of ours could change
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -138,7 +158,7 @@ def freeze_all_but(encoder: nn.Module, part: str) -> None:
     Args:
         encoder: The encoder, changed in place.
         part: ``"linear"``: weights (not biases) of every linear layer; ``"full"``: every parameter. Of an unused
-            pooler nothing.
+            pooler nothing; the temperature of a dual encoder stays as it is.
 
     Raises:
         ConfigError: On another name, or if the encoder has no such parameter.
@@ -155,25 +175,26 @@ def freeze_all_but(encoder: nn.Module, part: str) -> None:
     _rest_pooler(encoder)
 
 
-def hidden_states(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last hidden state ``(batch, tokens, d)``, in float32 at least.
-
-    Raises:
-        ConfigError: If the model gives none.
-    """
-    hidden = getattr(encoder(input_ids=input_ids, attention_mask=attention_mask), "last_hidden_state", None)
-    if hidden is None:
-        raise ConfigError(
-            f"the outputs of {type(encoder).__name__} have no last_hidden_state; give an encoder (AutoModel), not a "
-            "model with a head of its own"
-        )
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-
-
 def _rest_pooler(encoder: nn.Module) -> None:
-    pooler = getattr(encoder, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        pooler.requires_grad_(False)
+    """Freeze what no loss reaches (a pooler), and a dual encoder's temperature, which would only scale the loss."""
+    pooler, temperature = getattr(encoder, "pooler", None), getattr(encoder, "logit_scale", None)
+    for part in (pooler, temperature):
+        if isinstance(part, nn.Module | nn.Parameter):
+            part.requires_grad_(False)
+
+
+def _for_features(encoder: nn.Module, adapter: PeftConfig) -> None:
+    """Let a prompt-learning config give features, which is what PEFT has to be told."""
+    kind = type(adapter).__name__
+    if kind_of(encoder) != "text":
+        raise ConfigError(
+            f"{kind} learns prompts of a text encoder, and {type(encoder).__name__} is none; for image encoders and "
+            "dual encoders use growthring.adapters.PromptTokensConfig or PrefixTokensConfig"
+        )
+    task = getattr(adapter.task_type, "value", adapter.task_type)
+    if task not in (None, "FEATURE_EXTRACTION"):
+        raise ConfigError(f"{kind}(task_type={task!r}): the head is growthring's; leave task_type out")
+    adapter.task_type = "FEATURE_EXTRACTION"
 
 
 def _exclude_pooler(encoder: nn.Module, adapter: PeftConfig) -> None:

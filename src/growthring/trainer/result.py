@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growthring._io import write_json
-from growthring.evaluation import AccuracyMatrix, metrics
+from growthring.errors import ConfigError
+from growthring.evaluation import AccuracyMatrix, Metrics, metrics
 from growthring.guards import Certificate
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["FORMAT_VERSION", "RunResult", "versions"]
+__all__ = ["FORMAT_VERSION", "RunResult", "View", "versions"]
 
 FORMAT_VERSION = 1
 
@@ -29,6 +30,41 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to read a run: which classifier answers, and what it is told about an example.
+
+    Attributes:
+        classifier: ``"head"`` (the trained head), ``"prototype"`` or ``"ridge"``.
+        given: ``"classes seen"``: all classes of the tasks learned so far compete, the task is unknown. ``"task"``:
+            the task is known and its classes compete.
+        matrix: Accuracy on the test splits, rows and columns as those of the main matrix. A cell is not measured
+            where the classifier has learned no class of the task.
+        validation: The same on the validation splits, where it was asked for.
+    """
+
+    classifier: str
+    given: str
+    matrix: AccuracyMatrix
+    validation: AccuracyMatrix | None = None
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """The five headline numbers of the test matrix; ``None`` if the test splits were not scored."""
+        return metrics(self.matrix) if len(self.matrix) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The view as plain values for JSON."""
+        found = self.metrics
+        return {
+            "classifier": self.classifier,
+            "given": self.given,
+            "matrix": self.matrix.to_list(),
+            "metrics": found.to_dict() if found else {},
+            "validation_matrix": self.validation.to_list() if self.validation is not None else None,
+        }
 
 
 @dataclass
@@ -50,6 +86,13 @@ class RunResult:
         config: The resolved configuration.
         seeds: What was seeded with what.
         folder: The run folder, if one was written.
+        notes: Sentences a reader should see.
+        reference: Accuracy on the stream's reference in every row of the matrix; ``None`` without a reference.
+        mtil: Transfer, average and last as MTIL defines them, where classes are scored by their names, untrained ones
+            too; ``None`` otherwise.
+        notes: Sentences a reader should see.
+        views: Every way in which this run was read; the first is that of ``matrix``.
+        sites: What each guard does with every trainable tensor, as it said before training: rows of its ``explain``.
     """
 
     name: str
@@ -67,6 +110,26 @@ class RunResult:
     seeds: dict[str, int]
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+    reference: list[float] | None = None
+    mtil: dict[str, float | None] | None = None
+    views: list[View] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+
+    def view(self, classifier: str = "head", given: str | None = None) -> View:
+        """One view of the run.
+
+        Args:
+            classifier: Who answers.
+            given: ``"classes seen"`` or ``"task"``; default: as the scenario says.
+
+        Raises:
+            ConfigError: The run was not read so.
+        """
+        for one in self.views:
+            if one.classifier == classifier and given in (None, one.given):
+                return one
+        known = ", ".join(f"({one.classifier!r}, {one.given!r})" for one in self.views) or "none"
+        raise ConfigError(f"this run has no view ({classifier!r}, {given!r}); views: {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """What ``results.json`` holds."""
@@ -84,11 +147,15 @@ class RunResult:
             "macro_f1": self.macro_f1.to_list(),
             "validation_matrix": self.validation.to_list() if self.validation is not None else None,
             "metrics": metrics(self.matrix).to_dict() if len(self.matrix) else {},
+            "views": [view.to_dict() for view in self.views],
+            "sites": self.sites,
             "certificates": [c.to_dict() for c in self.certificates],
             "timings": self.timings,
             "versions": versions(),
             "seeds": self.seeds,
             "notes": self.notes,
+            "reference": self.reference,
+            "mtil": self.mtil,
             "config": self.config,
         }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import logging
 import math
 import tempfile
 import warnings
@@ -19,7 +21,20 @@ from growthring.errors import ConfigError, GuardError, NumericalError
 from growthring.guards import Guard
 from growthring.streams import TaskStream
 
-__all__ = ["Budget", "Optimizer", "StreamTrainer", "bit_sums", "check_arguments", "task_arguments"]
+__all__ = [
+    "Budget",
+    "Optimizer",
+    "StreamTrainer",
+    "bit_sums",
+    "blend",
+    "check_arguments",
+    "check_changed",
+    "explain",
+    "merge_weight",
+    "task_arguments",
+]
+
+logger = logging.getLogger(__name__)
 
 Optimizer = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
@@ -59,7 +74,8 @@ class Budget:
         total: Steps of the whole stream, shared equally; the first tasks get one more where it does not divide.
 
     Raises:
-        ConfigError: If a task is unknown or has no step, or both ``steps`` and ``total`` are given.
+        ConfigError: If a task is unknown or has no step, both ``steps`` and ``total`` are given, or an online stream
+            would be gone through more than once.
     """
 
     def __init__(
@@ -80,6 +96,8 @@ class Budget:
             self._given = {index: share + (index < rest) for index in range(len(stream))}
         self.by_task = {stream[i].name: count for i, count in sorted(self._given.items())}
         """Steps given for single tasks."""
+        if stream.online:
+            self._check_one_pass(stream)
 
     def max_steps(self, members: Sequence[int], rows: Sequence[int]) -> int:
         """What ``TrainingArguments.max_steps`` has to be to train on some tasks at once; -1 where epochs decide.
@@ -96,21 +114,45 @@ class Budget:
         """Optimizer steps that a training of ``rows`` examples takes."""
         return max_steps if max_steps > 0 else self._epochs(rows)
 
+    def _check_one_pass(self, stream: TaskStream) -> None:
+        for index, task in enumerate(stream):
+            rows = len(task.splits()["train"])
+            wanted, once = self.planned(self.max_steps([index], [rows]), rows), self._passes(rows, 1)
+            if wanted > once:
+                raise ConfigError(
+                    f"the stream is {stream.scenario}: each training row is seen once. Task {task.name!r} has {rows} "
+                    f"rows, which is {once} steps, and the budget is {wanted}. Set num_train_epochs=1 or fewer steps, "
+                    "or choose the scenario 'class'"
+                )
+
     def _default(self, rows: int) -> int:
         return self._args.max_steps if self._args.max_steps > 0 else self._epochs(rows)
 
     def _epochs(self, rows: int) -> int:
+        return self._passes(rows, self._args.num_train_epochs)
+
+    def _passes(self, rows: int, epochs: float) -> int:
         size = self._args.train_batch_size * max(1, self._args.world_size)
         batches = rows // size if self._args.dataloader_drop_last else -(-rows // size)
         updates = max(1, -(-batches // self._args.gradient_accumulation_steps))
-        return math.ceil(self._args.num_train_epochs * updates)
+        return math.ceil(epochs * updates)
 
 
 def task_arguments(
-    args: TrainingArguments, seed: int, max_steps: int, folder: Path | None, optimizer: Optimizer | None
+    args: TrainingArguments,
+    seed: int,
+    max_steps: int,
+    folder: Path | None,
+    optimizer: Optimizer | None,
+    in_order: bool = False,
 ) -> TrainingArguments:
-    """A copy of ``args`` for one task: seeded, with its number of steps, and without what the stream does itself."""
+    """A copy of ``args`` for one task: seeded, with its number of steps, and without what the stream does itself.
+
+    ``in_order`` trains on the rows as they come, unshuffled.
+    """
     args = copy.deepcopy(args)
+    if in_order:
+        args.train_sampling_strategy = "sequential"
     args.seed, args.data_seed, args.max_steps = seed, seed, max_steps
     args.save_strategy, args.eval_strategy, args.report_to = "no", "no", []
     args.eval_on_start = args.load_best_model_at_end = args.push_to_hub = False
@@ -190,6 +232,59 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
                 "clip gradients (max_grad_norm)"
             )
         return int(self.state.global_step)
+
+
+def merge_weight(guards: Sequence[Guard]) -> float:
+    """The weight of a free training in what a task leaves behind: the ``merge`` of the one guard that has any.
+
+    Raises:
+        ConfigError: If several guards ask for one.
+    """
+    weights = [(guard.name, getattr(guard, "merge", 0.0)) for guard in guards]
+    found = [(name, float(weight)) for name, weight in weights if isinstance(weight, int | float) and weight > 0]
+    if len(found) > 1:
+        raise ConfigError(f"the guards {', '.join(name for name, _ in found)} all have merge > 0; one of them can merge")
+    return found[0][1] if found else 0.0
+
+
+def explain(model: nn.Module, guards: Sequence[Guard]) -> list[dict[str, Any]]:
+    """What guards do with every trainable tensor, as plain values; guards that do not say are left out."""
+    rows = []
+    for guard in guards:
+        plans = guard.explain(model) if callable(getattr(guard, "explain", None)) else ()  # type: ignore[attr-defined]
+        for plan in plans:
+            fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(plan).items()}
+            rows.append({"guard": guard.name, **fields})
+    return rows
+
+
+@torch.no_grad()
+def blend(parameters: Mapping[str, Tensor], guarded: Mapping[str, Tensor], weight: float) -> None:
+    """``theta <- (1 - weight) * guarded + weight * theta``, in place."""
+    for name, parameter in parameters.items():
+        parameter.copy_(torch.lerp(guarded[name], parameter, weight))
+
+
+def check_changed(
+    changed: Iterable[str], trained: Iterable[str], guards: Sequence[Guard], name: str, steps: int
+) -> None:
+    """Warn if a task changed nothing because a guard left nothing free; refuse it if there is no such reason.
+
+    Raises:
+        GuardError: If no weight changed.
+    """
+    changed, encoder = set(changed), {n for n in trained if n.startswith("encoder.")}
+    if changed & encoder or (changed and not encoder):
+        return
+    if any(callable(e := getattr(g, "exhausted", None)) and e() for g in guards):
+        logger.warning("task %r changed nothing: no free direction is left", name)
+    elif changed:
+        logger.warning("task %r changed the head and nothing in the encoder, although parts of it train", name)
+    else:
+        raise GuardError(
+            f"task {name!r} took {steps} steps and no weight changed: the learning rate may be 0, or the trained "
+            "part may not be used in the forward pass"
+        )
 
 
 def bit_sums(parameters: Iterable[Tensor]) -> list[int]:

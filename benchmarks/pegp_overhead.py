@@ -1,0 +1,87 @@
+"""What PEGP costs for each kind of adapter: per step and per task, as a ratio to the same training without it.
+
+As ``step_overhead.py``: a model of the shape of all-MiniLM-L6 with random weights, guarded and unguarded steps in turn
+on the same model. The conditions of strict and paper mode differ for prefixes and prompts only.
+
+    python benchmarks/pegp_overhead.py    # writes benchmarks/results/pegp_overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+import growthring as gr
+from _common import machine, store
+from growthring.adapters import BottleneckConfig
+from step_overhead import batch, encoder, step
+
+ENERGY, SAMPLES = 0.95, 256
+
+
+def adapter(kind: str) -> PeftConfig:
+    """The adapter of one row."""
+    if kind == "lora":
+        return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    if kind == "adapter":
+        return BottleneckConfig(r=16, placement="both")
+    tokens = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
+    return tokens(task_type="FEATURE_EXTRACTION", num_virtual_tokens=8)
+
+
+def measure(kind: str, mode: str, tokens: int, pairs: int) -> dict[str, Any]:
+    """One row."""
+    torch.manual_seed(0)
+    net = get_peft_model(encoder(), adapter(kind))
+    net.train()
+    guard = gr.PEGP(energy=ENERGY, mode=mode, samples=SAMPLES, probes=0)
+    guard.attach(net)
+    guard.begin_task()
+    data = [batch(16, tokens) for _ in range(SAMPLES // 16)]
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
+    for item in data[:3]:
+        step(net, optimizer, item, guard)
+    start = time.perf_counter()
+    certificate = guard.consolidate(net, data)
+    consolidation = time.perf_counter() - start
+    guard.begin_task()
+    plain, guarded = [], []
+    for number in range(pairs):
+        plain.append(step(net, optimizer, data[number % len(data)], None))
+        guarded.append(step(net, optimizer, data[number % len(data)], guard))
+    return {
+        "adapter": kind,
+        "mode": mode,
+        "batch_tokens": 16 * tokens,
+        "protected_share": 1 - certificate.free / certificate.dims,
+        "plain_step_ms": statistics.median(plain) * 1e3,
+        "guarded_step_ms": statistics.median(guarded) * 1e3,
+        "step_overhead": statistics.median(g / p for p, g in zip(plain, guarded, strict=True)) - 1,
+        "consolidation_seconds": consolidation,
+        "consolidation_in_steps": consolidation / statistics.median(plain),
+        "task_steps_for_5_percent": round(20 * consolidation / statistics.median(plain)),
+    }
+
+
+def main() -> None:
+    """Measure and store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=24)
+    options = parser.parse_args()
+    modes = (("lora", "strict"), ("adapter", "strict"), ("prefix", "strict"), ("prefix", "paper"))
+    modes += (("prompt", "strict"), ("prompt", "paper"))
+    rows = []
+    for kind, mode in modes:
+        for tokens in (32, 64):
+            rows.append(measure(kind, mode, tokens, options.pairs))
+            print(rows[-1], flush=True)
+    print(store("pegp_overhead.json", {"machine": machine(), "energy": ENERGY, "samples": SAMPLES, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""From settings to what trains: a PEFT config that fits the model, and the guard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from growthring.errors import ConfigError, nearest
+
+from ._method import Method
+from .method_settings import AdapterSettings, GuardSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from growthring.guards import Guard
+
+__all__ = ["make_adapter", "make_guards"]
+
+
+def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.Module) -> PeftConfig | str:
+    """What the method trains of this encoder.
+
+    Prefixes and prompts of text encoders and decoders are PEFT's own; those of image encoders and of the towers of
+    dual encoders are :mod:`growthring.adapters`'.
+
+    Args:
+        method: The method.
+        settings: The adapter's settings, filled in; ``None`` for methods without an adapter.
+        encoder: The encoder without an adapter.
+
+    Returns:
+        A PEFT config, ``"linear"`` or ``"full"``.
+
+    Raises:
+        ConfigError: The settings do not fit the encoder, or its parts cannot be found.
+    """
+    from growthring.trainer.encoders import kind_of
+
+    if settings is None:
+        return method.adapter
+    reads = kind_of(encoder)
+    if settings.tower is not None and reads != "dual":
+        raise ConfigError(
+            f"adapter.tower: has no effect: {type(encoder).__name__} is no dual encoder and has one tower. Remove tower"
+        )
+    if method.adapter == "lora":
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=_targets(settings, encoder),
+        )
+    if method.adapter == "bottleneck":
+        from growthring.adapters import BottleneckConfig
+
+        names = ("r", "placement", "mode", "activation", "scaling", "dropout", "tower")
+        return BottleneckConfig(**{name: getattr(settings, name) for name in names})
+    if method.adapter == "ia3":
+        from peft import IA3Config
+
+        found = _map(encoder, settings.tower)
+        down = found.linears("mlp_down")
+        scaled = {*found.linears("key"), *found.linears("value"), *down}
+        return IA3Config(target_modules=sorted(scaled), feedforward_modules=sorted(down))
+    return _tokens(method, settings, encoder, reads)
+
+
+def make_guards(method: Method, settings: GuardSettings | None) -> list[Guard]:
+    """The guards of a method: one, or none."""
+    from growthring import guards
+
+    if settings is None:
+        return []
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    values = {name: value for name, value in values.items() if value is not None}
+    made: dict[str, Any] = {"pegp": guards.PEGP, "inflora": guards.InfLoRA, "o-lora": guards.OLoRA}
+    return [made[str(method.guard)](**values)]
+
+
+def _tokens(method: Method, settings: AdapterSettings, encoder: nn.Module, reads: str) -> PeftConfig:
+    if reads == "text":
+        from peft import PrefixTuningConfig, PromptTuningConfig
+
+        kind = PrefixTuningConfig if method.adapter == "prefix" else PromptTuningConfig
+        return kind(task_type="FEATURE_EXTRACTION", num_virtual_tokens=settings.tokens)
+    from growthring.adapters import PrefixTokensConfig, PromptTokensConfig
+
+    if reads == "dual" and settings.tower is None:
+        raise ConfigError(
+            f"adapter.tower: is missing: {type(encoder).__name__} has two towers, and a {method.adapter} belongs to "
+            "one of them. Say text or image"
+        )
+    own = PrefixTokensConfig if method.adapter == "prefix" else PromptTokensConfig
+    return own(num_tokens=settings.tokens, tower=settings.tower)
+
+
+def _targets(settings: AdapterSettings, encoder: nn.Module) -> str | list[str]:
+    """Modules for LoRA: all of them by PEFT's own word, those of a role, or names that were given."""
+    wanted = settings.target_modules
+    if isinstance(wanted, list):
+        _check_names(wanted, encoder)
+        return wanted
+    if wanted == "all-linear" and settings.tower is None:
+        return "all-linear"
+    return list(_map(encoder, settings.tower).linears("all" if wanted == "all-linear" else str(wanted)))
+
+
+def _map(encoder: nn.Module, tower: str | None) -> Any:
+    from growthring.backbones import map_modules
+
+    found = map_modules(encoder)
+    return found if tower is None else found.tower(tower)
+
+
+def _check_names(wanted: list[str], encoder: nn.Module) -> None:
+    """Refuse names that match no linear layer: PEFT ignores them as long as one other name matches."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for one in wanted:
+        if not any(name == one or name.endswith(f".{one}") for name in names):
+            near = nearest(one, {name.split(".")[-1] for name in names})
+            raise ConfigError(f"adapter.target_modules: the model has no linear layer {one!r}; {near}")
