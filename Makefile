@@ -38,6 +38,7 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/subspace_kernels.py
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/pegp_overhead.py
 
 bench-quality: $(VENV)/.base
 	$(BIN)/python benchmarks/demo_sweep.py

@@ -84,7 +84,7 @@ def main() -> None:
     """Measure and store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     options = parser.parse_args()
     folder = demo_encoder_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,7 +96,7 @@ def main() -> None:
 
     def batches(index: int, count: int) -> list[dict[str, Tensor]]:
         task, generator = stream[index], torch.Generator().manual_seed(index)
-        rows = [torch.randint(len(task.train), (16,), generator=generator).tolist() for _ in range(count)]
+        rows = [torch.randint(len(task.train), (8,), generator=generator).tolist() for _ in range(count)]
         labels = [task.labels.index(label) for label in task.train.labels]
         return [
             encode([task.train.texts[i] for i in chosen]) | {"labels": torch.tensor([labels[i] for i in chosen])}
@@ -106,7 +106,7 @@ def main() -> None:
     plain = Similarity(AutoModel.from_pretrained(folder, add_pooling_layer=False)).eval()
     with torch.no_grad():
         goals = [plain(**encode([task.label_texts[label] for label in task.labels])) for task in stream][:2]
-    first, second = batches(0, 40), batches(1, options.steps)
+    first, second = batches(0, 60), batches(1, options.steps)
     probe = encode(list(stream[0].test.texts[:64]))
     rows = []
     for name, (config, rate) in ADAPTERS.items():
@@ -118,7 +118,7 @@ def main() -> None:
             if name not in ("Prefix", "Prompt") and title.startswith("paper"):
                 continue  # the same condition as strict, biases aside
             model, guard, certificate, clock = copy.deepcopy(start), None, None, time.perf_counter()
-            seen = [{k: v for k, v in b.items() if k != "labels"} for b in first[:16]]
+            seen = [{k: v for k, v in b.items() if k != "labels"} for b in first[:32]]
             if settings is not None:
                 guard = gr.PEGP(**settings, probes=0)
                 certificate = guard.consolidate(model, seen)

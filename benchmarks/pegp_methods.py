@@ -58,6 +58,7 @@ class Setting:
 _LOW_RANK = (5e-5, 2e-4, 7e-4, 2e-3, 5e-3, 1.2e-2)
 _TOKENS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 _WEIGHTS = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
+_IMAGE_TOKENS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RATES: Mapping[str, tuple[float, ...]] = {
     "lora": _LOW_RANK,
     "adapter": _LOW_RANK,
@@ -68,22 +69,29 @@ RATES: Mapping[str, tuple[float, ...]] = {
     "joint": _LOW_RANK,
 }
 """Learning rates in rising order, the same for every variant of an adapter; the search starts in the middle."""
-ENERGIES = (0.9, 0.7)
-"""Energies that the search tries, by the wide kind of site; see :func:`energies`."""
+_IMAGE_WEIGHTS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+IMAGE_RATES = {
+    **RATES,
+    **dict.fromkeys(("prefix", "prompt"), _IMAGE_TOKENS),
+    **dict.fromkeys(("linear", "osf"), _IMAGE_WEIGHTS),
+}
+"""The same for images, where a new linear head learns at the same rate."""
+ENERGIES = {"text": (0.95, 0.8), "image": (0.99, 0.9)}
+"""Energies that the search tries, by the wide kind of site; see :func:`energies`. In image features a few directions
+hold most of the energy, so a share has to be higher to cover as many."""
+NARROW = {0.99: 0.95, 0.95: 0.9, 0.9: 0.7, 0.8: 0.6}
+"""Energies of narrow sites (the rank, the bottleneck, the tokens) beside them: these fill up sooner."""
 
 
 def cells(streams: Iterable[str]) -> Iterator[Cell]:
     """Every cell, those of the published claim first."""
     streams = tuple(streams)
-    for variant in ("unprotected", "strict", "gradient", "paper"):
-        for adapter in ADAPTERS:
-            for stream in streams:
-                yield Cell(stream, adapter, variant)
-    for baseline in BASELINES:
-        for stream in streams:
-            yield Cell(stream, baseline, "baseline")
-    for stream in streams:
-        yield Cell(stream, "linear", "strict")
+    for variant in ("unprotected", "strict"):
+        yield from (Cell(stream, adapter, variant) for adapter in ADAPTERS for stream in streams)
+    yield from (Cell(stream, baseline, "baseline") for baseline in BASELINES for stream in streams)
+    for variant in ("gradient", "paper"):
+        yield from (Cell(stream, adapter, variant) for adapter in ADAPTERS for stream in streams)
+    yield from (Cell(stream, "linear", "strict") for stream in streams)
 
 
 def next_setting(cell: Cell, scores: Mapping[Setting, float]) -> Setting | None:
@@ -96,10 +104,10 @@ def next_setting(cell: Cell, scores: Mapping[Setting, float]) -> Setting | None:
     Returns:
         A setting, or ``None`` when the search is over.
     """
-    rates = RATES[cell.adapter]
+    rates = (IMAGE_RATES if cell.modality == "image" else RATES)[cell.adapter]
     middle = len(rates) // 2
     free = cell.variant in ("unprotected", "baseline")
-    starts = [Setting(rates[middle], energy) for energy in ((None,) if free else ENERGIES)]
+    starts = [Setting(rates[middle], energy) for energy in ((None,) if free else ENERGIES[cell.modality])]
     for start in starts:
         if start not in scores:
             return start
@@ -140,8 +148,8 @@ def adapter(cell: Cell, tasks: int) -> PeftConfig | str:
 
 
 def energies(cell: Cell, energy: float) -> dict[str, float]:
-    """The energy of each kind of site. Narrow sites (the rank, a head, the tokens) fill up sooner and get less."""
-    narrow = {0.9: 0.7, 0.7: 0.5}.get(energy, energy)
+    """The energy of each kind of site."""
+    narrow = NARROW[energy]
     kinds = {
         "lora": {"lora_A": energy, "lora_B": narrow},
         "adapter": {"adapter_down": energy, "adapter_up": narrow},
@@ -166,7 +174,7 @@ def guards(cell: Cell, setting: Setting, tasks: int, *, watch: bool) -> list[Gua
     if cell.variant == "baseline":
         return []
     if cell.variant == "unprotected":
-        return [Watch(energies(cell, ENERGIES[0]), samples=SAMPLES)] if watch else []
+        return [Watch(energies(cell, ENERGIES[cell.modality][0]), samples=SAMPLES)] if watch else []
     assert setting.energy is not None
     energy = energies(cell, setting.energy)
     options: dict[str, Any] = {"samples": SAMPLES}

@@ -106,7 +106,7 @@ def trainer(job: Job, sources: streams.Sources) -> gr.ContinualTrainer:
     search = job.phase == "search"
     options: dict[str, Any] = {}
     if image:
-        options = {"head": "linear", "classifiers": ("prototype",), "image_size": size.length}
+        options = {"head": "linear", "classifiers": ("head", "prototype"), "image_size": size.length}
     else:
         options = {"tokenizer": AutoTokenizer.from_pretrained(folder), "max_length": size.length}
     set_seed(job.seed)
@@ -135,18 +135,21 @@ def run(job: Job, sources: streams.Sources) -> dict[str, Any]:
     except Exception as error:  # one setting that diverges must not end hundreds of runs; the line says what happened
         return {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - start}
     found = result.to_dict()
+    views = streams.VIEWS[job.cell.stream]
     if job.phase == "search":
-        found["validation_aa"] = _validation_accuracy(fitted)
+        found["validation_aa"] = _validation_accuracy(fitted, *views[0])
     spent = {"seconds": round(time.perf_counter() - start, 2)}
     for part in ("train", "consolidate", "evaluate"):
         spent[part] = round(sum(t[f"{part}_seconds"] for t in found["timings"]["tasks"]), 2)
     if job.phase == "search":
         return {"validation_aa": found["validation_aa"], **spent}
     papers = found["certificates"]
-    metrics = {k: found["metrics"][k] for k in ("aa", "bwt", "learning_accuracy", "forgetting")}
+    read = {(view["classifier"], view["given"]): view for view in found["views"]}
+    main, other = read[views[0]], read[views[-1]]
     return {
-        "metrics": metrics,
-        "matrix": [[None if v is None else round(v, 4) for v in row] for row in found["matrix"]],
+        "metrics": _headlines(main),
+        "other_metrics": _headlines(other) if other is not main else None,
+        "matrix": [[None if v is None else round(v, 4) for v in row] for row in main["matrix"]],
         "leak": max((c["leak"] for c in papers if c["leak"] is not None), default=None),
         "kept": all(c["kept"] for c in papers if c["kept"] is not None) if papers else None,
         "output_change": max((c["output_change"] for c in papers if c["output_change"] is not None), default=None),
@@ -155,13 +158,17 @@ def run(job: Job, sources: streams.Sources) -> dict[str, Any]:
     }
 
 
-def _validation_accuracy(fitted: gr.ContinualTrainer) -> float:
+def _headlines(view: dict[str, Any]) -> dict[str, float | None]:
+    return {k: view["metrics"][k] for k in ("aa", "bwt", "learning_accuracy", "forgetting")}
+
+
+def _validation_accuracy(fitted: gr.ContinualTrainer, classifier: str, given: str) -> float:
     """Mean accuracy over the validation splits of all tasks, at the end of the stream."""
     scores = []
     for index in range(len(fitted.stream)):
         true = fitted.stream.encode(index, "validation")
-        given = fitted.predict(index, "validation")
-        scores.append(sum(t == g for t, g in zip(true, given, strict=True)) / len(true))
+        answers = fitted.predict(index, "validation", classifier=classifier, given=given)
+        scores.append(sum(t == a for t, a in zip(true, answers, strict=True)) / len(true))
     return sum(scores) / len(scores)
 
 
@@ -221,8 +228,9 @@ class Book:
 
 
 def search_jobs(cells: list[Cell], book: Book) -> list[Job]:
-    """The next setting of every cell whose search is not over."""
-    found = [(cell, methods.next_setting(cell, book.scores(cell))) for cell in cells]
+    """The next setting of every cell whose search is not over. Where the choice was used already, it is."""
+    open_cells = [cell for cell in cells if not book.of(cell, "final")]
+    found = [(cell, methods.next_setting(cell, book.scores(cell))) for cell in open_cells]
     return [Job("search", cell, SEARCH_SEED, setting) for cell, setting in found if setting is not None]
 
 

@@ -87,3 +87,58 @@ def tiny_stream(tmp_path, tiny_encoder):
         return file
 
     return write
+
+
+COLOURS = {
+    "cherry": (220, 30, 40), "lemon": (230, 220, 40), "violet": (140, 60, 200),
+    "daisy": (235, 235, 230), "sea": (30, 70, 200), "coal": (25, 25, 30),
+}  # fmt: skip
+PROMPT_WORDS = ["a", "photo", "of", "the", "picture", "."]
+
+
+@pytest.fixture(scope="session")
+def image_world(tmp_path_factory):
+    """Folder with a random ViT (``my-vit``), a random CLIP (``my-clip``) and small images in class folders.
+
+    ``images/fruit``, ``images/flowers`` and ``images/known`` each hold ``train`` and ``test``.
+    """
+    import json
+
+    import numpy as np
+    import torch
+    from transformers import BertTokenizer, CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    root = tmp_path_factory.mktemp("image-world")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    look = size | {"image_size": 16, "patch_size": 8}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *PROMPT_WORDS, *COLOURS]
+    read = size | {
+        "vocab_size": len(words), "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 2,
+        "eos_token_id": 3,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(ViTConfig(**look)).save_pretrained(str(root / "my-vit"))
+        CLIPModel(CLIPConfig(text_config=read, vision_config=look, projection_dim=16)).save_pretrained(
+            str(root / "my-clip")
+        )
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True).save_pretrained(
+        str(root / "my-clip")
+    )
+    pixels = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for model in ("my-vit", "my-clip"):
+        (root / model / "preprocessor_config.json").write_text(json.dumps(pixels), encoding="utf-8")
+
+    draw = np.random.default_rng(0)
+    tasks = {"fruit": ("cherry", "lemon"), "flowers": ("violet", "daisy"), "known": ("sea", "coal")}
+    for task, labels in tasks.items():
+        for split, count in (("train", 12), ("test", 6)):
+            for label in labels:
+                folder = root / "images" / task / split / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    noise = draw.integers(-20, 21, (16, 16, 3))
+                    image = np.clip(np.array(COLOURS[label]) + noise, 0, 255).astype(np.uint8)
+                    pillow.fromarray(image).save(folder / f"{number}.png")
+    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     BertConfig,
     BertModel,
@@ -17,6 +18,8 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+
+from growthring.backbones import map_modules
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 IMAGE = {"image_size": 16, "patch_size": 8}
@@ -82,3 +85,34 @@ def checkpointing(model):
     """Turn activation checkpointing on; newer transformers have another name for it."""
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+
+
+def vit_by_hand(model, x, attend, after=lambda linear, x, h: h):
+    """The blocks of a ViT from their parts.
+
+    ``attend(block, x, q, k, v)`` is attention without its last projection; ``after(linear, x, h)`` may change what the
+    last linear layer of attention or MLP gives for that part's input ``x``.
+    """
+    for block in map_modules(model).blocks:
+        (attention,), (mlp,), norms = block.attentions, block.mlps, block.norms
+        part = model.get_submodule
+        normed = part(norms[0])(x)
+        q, k, v = (part(name)(normed) for name in attention.inputs)
+        output = part(attention.output)
+        h = getattr(output, "base_layer", output)(attend(part(attention.module), q, k, v))
+        x = x + after(output, normed, h)
+        normed = part(norms[1])(x)
+        output = part(mlp.down)
+        h = getattr(output, "base_layer", output)(F.gelu(part(mlp.up[0])(normed)))
+        x = x + after(output, normed, h)
+    return model.layernorm(x)
+
+
+def attention_by_hand(q, k, v, heads, bias=None):
+    """``softmax(Q K^T / sqrt(d_h) + bias) V`` per head, heads concatenated."""
+    b, n, d = q.shape
+    q, k, v = (t.view(b, -1, heads, d // heads).transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.mT / (d // heads) ** 0.5
+    if bias is not None:
+        scores = scores + bias
+    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, d)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from adapter_helpers import bert, clip, dinov2, fill, hidden, pixels, tokens, vit
+from adapter_helpers import attention_by_hand, bert, clip, dinov2, fill, hidden, pixels, tokens, vit, vit_by_hand
 from peft import PeftModel, get_peft_model
 from transformers import SwinConfig, SwinModel
 
@@ -22,8 +22,6 @@ def the_layer(model) -> PromptTokensLayer:
 @pytest.mark.parametrize("start", [1, 0, 5])
 def test_vit_equals_insertion_by_hand(start):
     model = vit()
-    if not hasattr(model, "layers"):
-        pytest.skip("the twin is written for the module names of newer transformers")
     adapted = fill(get_peft_model(model, PromptTokensConfig(num_tokens=3, start=start)))
     layer = the_layer(adapted)
     assert layer.prompt_tokens["default"].shape == (3, 32)
@@ -31,12 +29,10 @@ def test_vit_equals_insertion_by_hand(start):
     with torch.no_grad():
         x = layer.base_layer(pixels()["pixel_values"])  # class token and four patches
         x = torch.cat([x[:, :start], layer.prompt_tokens["default"].expand(3, -1, -1), x[:, start:]], dim=1)
-        for block in model.layers:
-            x = block(x)
-        x = model.layernorm(x)
+        x = vit_by_hand(model, x, lambda layer, q, k, v: attention_by_hand(q, k, v, heads=4))
     out = hidden(adapted, pixels())
     assert out.shape == (3, 8, 32)
-    torch.testing.assert_close(out, x)
+    torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-5)
 
 
 def test_dinov2_equals_insertion_by_hand():
@@ -86,6 +82,7 @@ def test_only_it_trains_and_it_can_be_turned_off(make, batch, rows):
     assert torch.equal(hidden(adapted.unload(), batch()), base)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # older PEFT looks for the base model
 @pytest.mark.parametrize(("make", "batch"), [(vit, pixels), (bert, tokens)])
 def test_a_saved_prompt_gives_the_same(tmp_path, make, batch):
     model = make()

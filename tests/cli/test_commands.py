@@ -22,7 +22,7 @@ SOURCE = Path(growthring.__file__).parent
 def test_help_names_the_commands_and_each_has_an_example(cli):
     result = cli("--help")
     assert result.exit_code == 0
-    for command in ("demo", "run", "methods", "report", "schema"):
+    for command in ("demo", "run", "sites", "methods", "report", "schema"):
         assert command in result.stdout
         assert f"growthring {command}" in cli(command, "--help").stdout
 
@@ -45,6 +45,9 @@ def test_methods_for_people(cli):
     words = " ".join(cli("methods", "pegp-linear").stdout.split())
     assert METHODS["pegp-linear"].avoid_when in words
     assert "2405.13383" in words
+    assert "linear 0.97, rising to 1 over 11 tasks" in cli("methods", "gpm").stdout
+    assert "linear all above 10 times the smallest" in cli("methods", "adam-nscl").stdout
+    assert " 0.95" in cli("methods", "inflora").stdout
 
 
 def test_schema_is_the_schema_of_the_configuration(cli):
@@ -69,6 +72,46 @@ def test_light_commands_exit_as_they_should_and_load_nothing_heavy():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------- the site report
+
+
+def test_sites_for_people(cli, tiny_stream, tmp_path):
+    result = cli("sites", tiny_stream("pegp"))
+    assert result.exit_code == 0, result.stderr
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert lines[0] == "PEGP on LoRA (pegp)"
+    assert "sites of 24 trainable tensors: pegp: 24 protected (lora_A, lora_B)" in lines
+    assert "condition: dA x = 0 for the old inputs x of the layer" in lines
+    assert ["2", "8", "x", "32", "attention.self.query.lora_A.default.weight"] in [line.split() for line in lines]
+    assert lines[-1] == "All names begin with encoder.base_model.model.encoder.layer.*."
+    assert set(os.listdir(tmp_path)) == {"data", "stream.yaml"}, "nothing is written"
+
+
+def test_sites_without_a_guard_say_what_that_costs(cli, tiny_stream):
+    words = " ".join(cli("sites", tiny_stream("sequential-adapter")).stdout.split())
+    assert "no guard: 16 free" in words
+    assert "why: the method has no guard cost: old outputs may change through it, by any amount" in words
+
+
+def test_sites_as_json_name_every_tensor_and_nothing_else(cli, tiny_stream):
+    result = cli("sites", tiny_stream("pegp-prompt"), "--json", "--seed", 3)
+    values = json.loads(result.stdout)
+    assert (values["method"], values["title"]) == ("pegp-prompt", "PEGP on prompts")
+    (tensor,) = values["tensors"]
+    assert tensor["kinds"] == ["prompt_key", "prompt_value"]
+    assert tensor["treatment"] == "protected"
+    assert "see output_change" in tensor["why"]
+    assert "1 protected" in values["summary"]
+    assert result.stderr == ""
+
+
+def test_sites_refuse_what_a_run_would_refuse(refused, tiny_stream):
+    assert "guard: has no effect" in refused("sites", tiny_stream("joint", guard={"samples": 3}))
+    assert "no linear layer 'vaule'" in refused("sites", tiny_stream(adapter={"target_modules": ["vaule"]}))
+    assert "--seed -1" in refused("sites", tiny_stream(), "--seed=-1")
+    assert "there is no such file" in refused("sites", "nowhere.yaml")
 
 
 # ----------------------------------------------------------------------------------------------- a real run

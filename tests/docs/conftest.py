@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def make_encoder(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``my-encoder/`` and ``data/``, as the pages describe it."""
+def prepared(tmp_path_factory: pytest.TempPathFactory, image_world: Path) -> Path:
+    """A folder with ``my-encoder/``, ``my-vit/``, ``my-clip/``, ``data/`` and ``images/``, as the pages describe it."""
     root = tmp_path_factory.mktemp("page")
+    shutil.copytree(image_world, root, dirs_exist_ok=True)
     make_encoder(root / "my-encoder")
     data = root / "data"
     data.mkdir()

@@ -58,7 +58,7 @@ def name_of(page: Path) -> str:
 def commands(page: Path, program: str) -> Iterator[list[str]]:
     """Shell lines of a page that start with a program, without comments."""
     for block in blocks_of(page):
-        for line in block.text.splitlines() if block.language == "bash" else ():
+        for line in block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else ():
             words = shlex.split(line, comments=True)
             if words and words[0] == program:
                 yield words[1:]
@@ -110,11 +110,11 @@ def test_every_example_runs(page: Path, folder: Path) -> None:
             elif block.language == "python":
                 padding = "\n" * (block.line - 1)  # so that a traceback shows the line of the page
                 exec(compile(padding + block.text, str(page), "exec", dont_inherit=True), names)
-            elif block.language == "bash" and page.stem == "tutorial-cli":
+            elif block.language == "bash" and page.stem in ("tutorial-cli", "tutorial-images"):
                 for line in block.text.splitlines():
                     words = shlex.split(line, comments=True)[1:]
                     # the first block is an overview, before the files that it names
-                    if words and words[0] != "demo" and "stream.yaml" in os.listdir():
+                    if words and words[0] != "demo" and any(name.endswith(".yaml") for name in os.listdir()):
                         shell(words)
 
 

@@ -74,19 +74,10 @@ def quality() -> list[dict[str, Any]]:
             add("search", 100, stream, adapter, variant, validation_aa=aa)
             for seed in range(3):
                 metrics = {"aa": aa + 0.02 * seed, "bwt": -0.1, "learning_accuracy": 0.9, "forgetting": 0.1}
-                kept = None if leak is None else variant in ("strict", "paper")
-                change = None if leak is None else 0.125
-                add(
-                    "final",
-                    seed,
-                    stream,
-                    adapter,
-                    variant,
-                    metrics=metrics,
-                    leak=leak,
-                    kept=kept,
-                    output_change=change,
-                )
+                measured: dict[str, Any] = {"metrics": metrics, "other_metrics": {**metrics, "aa": 0.25}}
+                measured |= {"leak": leak, "kept": None if leak is None else variant in ("strict", "paper")}
+                measured["output_change"] = None if leak is None else 0.125
+                add("final", seed, stream, adapter, variant, **measured)
     add("final", 0, "reviews", "lora", "strict", error="NumericalError: the loss is nan")
     return lines
 
@@ -222,7 +213,7 @@ def test_claims_follow_the_files(tables: ModuleType, repository: Path) -> None:
 def test_pegp_overview(tables: ModuleType, repository: Path) -> None:
     lines = tables.TABLES["pegp-quality"](tables.Stored(repository)).splitlines()
     assert lines[0] == (
-        "| what trains | guard | CLINC, class-incremental | Fashion-MNIST, class-incremental | worst leak |"
+        "| what trains | guard | CLINC, class-incremental | Fashion-MNIST, task given | worst leak |"
     ), "a stream without a finished run has no column"
     assert lines[2] == "| LoRA | unprotected | 52.0 ± 2.0 | 52.0 ± 2.0 | 9e-01 |"
     assert lines[4].startswith("| LoRA | PEGP, paper (figure) |"), "the reading of the paper is named"
@@ -234,7 +225,7 @@ def test_pegp_overview(tables: ModuleType, repository: Path) -> None:
 
 def test_pegp_stream(tables: ModuleType, repository: Path) -> None:
     lines = tables.TABLES["pegp-clinc"](tables.Stored(repository)).splitlines()
-    cells = ["0.002", "0.9", "72.0 ± 2.0", "−10.0 ± 0.0", "90.0 ± 0.0", "3e-07", "0.125", "9"]
+    cells = ["0.002", "0.9", "72.0 ± 2.0", "−10.0 ± 0.0", "90.0 ± 0.0", "25.0 ± 0.0", "3e-07", "0.125", "9"]
     assert lines[5] == f"| LoRA | PEGP, strict | {' | '.join(cells)} |"
     assert "225 training rows and 80 test rows a task" in lines[-1]
     assert "6 runs of the search on validation rows of seed 100" in lines[-1]

@@ -6,32 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from guard_helpers import bert, gpt2
+from guard_helpers import answer, bert_config, default_loss, rows
 from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, ViTConfig, ViTModel
+from transformers import BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
-import growthring as gr
 from growthring.adapters import BottleneckConfig, PrefixTokensConfig, PromptTokensConfig
 from growthring.guards import PEGP
 
-__all__ = [
-    "adapter_bert",
-    "adapter_mlp",
-    "guarded_step",
-    "ia3_mlp",
-    "images",
-    "llama",
-    "moved",
-    "prefix",
-    "prefix_vit",
-    "prompt",
-    "prompt_vit",
-    "real",
-    "relu_mlp",
-    "snapshot",
-    "vit",
-]
+
+def bert(seed: int = 0, **changes: Any) -> BertModel:
+    """Weights large enough that attention is not uniform."""
+    torch.manual_seed(seed)
+    return BertModel(bert_config(initializer_range=0.2, **changes), add_pooling_layer=False)
+
+
+def gpt2(seed: int = 0) -> GPT2Model:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=60,
+        n_positions=40,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    return GPT2Model(config)
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaModel:
@@ -45,6 +47,7 @@ def llama(seed: int = 0, **changes: Any) -> LlamaModel:
         "num_key_value_heads": 2,
         "intermediate_size": 48,
         "max_position_embeddings": 64,
+        "initializer_range": 0.2,
         **changes,
     }
     return LlamaModel(LlamaConfig(**settings))
@@ -60,6 +63,7 @@ def vit(seed: int = 0, **changes: Any) -> ViTModel:
         "intermediate_size": 48,
         "image_size": 16,
         "patch_size": 8,
+        "initializer_range": 0.2,
         **changes,
     }
     return ViTModel(ViTConfig(**settings), add_pooling_layer=False)
@@ -98,6 +102,13 @@ def ia3_mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
     return get_peft_model(base, config).to(dtype)
 
 
+def half(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inputs whose second half is zero."""
+    x = rows(count, 20, seed, dtype)
+    x[:, 10:] = 0.0
+    return x
+
+
 def _scaled(model: nn.Module, size: float, seed: int) -> nn.Module:
     """Prompts as large as features are, so that attention notices them."""
     torch.manual_seed(seed)
@@ -125,11 +136,17 @@ def prompt_vit(tokens: int = 14, size: float = 0.5) -> nn.Module:
     return _scaled(get_peft_model(vit(), PromptTokensConfig(num_tokens=tokens)), size, 1)
 
 
-BUILDS: dict[str, Callable[[], nn.Module]] = {
+PREFIXES: dict[str, Callable[[], nn.Module]] = {
     "bert": prefix,
     "gpt2": lambda: prefix(gpt2()),
     "llama": lambda: prefix(llama()),
     "vit": prefix_vit,
+}
+PROMPTS: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: prompt(tokens=5),
+    "gpt2": lambda: prompt(gpt2(), tokens=5),
+    "llama": lambda: prompt(llama(), tokens=5),
+    "vit": lambda: prompt_vit(tokens=5),
 }
 
 
@@ -164,4 +181,7 @@ def guarded_step(model: nn.Module, guard: PEGP | None, optimizer: torch.optim.Op
         guard.after_step()
 
 
-assert gr.PEGP is PEGP  # one class, whichever way it is imported
+def loss_at(model: nn.Module, batch: Any) -> float:
+    """The loss without dropout."""
+    out = answer(model, batch)
+    return float(default_loss(lambda *_, **__: out, batch))

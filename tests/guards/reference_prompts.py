@@ -1,10 +1,10 @@
-"""Adapters, prefixes, prompts and scales protected as plainly as it can be written: equations, loops, dense projectors.
+"""Adapters, prefixes, prompts and scales protected as plainly as can be: equations, loops, dense projectors.
 
 The forward passes are written out by hand from a model's weights; nothing here looks at growthring. The conditions:
 
-* prefix, head h (strict): ``Q_h D_k,h^T = 0`` and ``S_h D_v,h = 0``; ``[P_k,h; K_h]`` are the keys, ``S_h`` the mass of
-  real queries on the prefix;
-* prompt (strict), NeurIPS 2024 "Visual Prompt Tuning in Null Space": ``Q_h J_h D^T = 0``, ``S D = 0``, and ``P D^T = 0``;
+* prefix, head h (strict): ``Q_h D_k,h^T = 0`` and ``S_h D_v,h = 0``; ``[P_k,h; K_h]`` are the keys, ``S_h`` the mass
+  of real queries on the prefix;
+* prompt (strict; Lu et al., NeurIPS 2024): ``Q_h J_h D^T = 0`` with ``J_h = dk_h/dP``, ``S D = 0``, and ``P D^T = 0``;
 * adapter: ``[dW db] [x; 1] = 0``;
 * scales: ``dl_i x_i = 0``.
 """

@@ -26,7 +26,7 @@ from guard_helpers import (
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import BertModel, Trainer, TrainingArguments
 
 from growthring.errors import ConfigError, DataError, GuardError
 from growthring.guards import InfLoRA, OLoRA, merge_branches
@@ -146,6 +146,31 @@ def test_two_adapted_models_in_one(kind: str) -> None:
     assert change(answer(model, PROBE), before) <= 1e-5
     assert model.left.peft_config["default"].r == 4
     assert model.right.peft_config["default"].r == 6
+
+
+@both
+def test_the_plan_before_training(kind: str) -> None:
+    model, guard = lora_mlp(r=4, target_modules=["0", "2"]), GUARDS[kind]()
+    model.base_model.model[4].weight.requires_grad_(True)
+    before = training(model)
+    plans = guard.explain(model)
+    assert [p.name for p in plans] == before
+    assert training(model) == before
+    treatments = {p.kinds: p.treatment for p in plans}
+    head = {(): "free"}
+    if kind == "inflora":
+        assert treatments == head | {("lora_A",): "frozen", ("lora_B",): "protected"}
+        assert all(p.condition for p in plans if p.kinds)
+    else:
+        assert treatments == head | {("lora_A",): "free", ("lora_B",): "free"}
+    assert all(p.cost for p in plans if p.treatment == "free")
+    learn(guard, model, "old", OLD)
+    guard.prepare("new", [NEW])
+    later = guard.explain()
+    assert [(p.shape, p.treatment) for p in later] == [(p.shape, p.treatment) for p in plans]
+    assert all("task-001" in p.name for p in later if p.kinds)
+    with pytest.raises(GuardError, match="not attached"):
+        GUARDS[kind]().explain()
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
@@ -495,6 +520,13 @@ def test_a_continual_trainer(kind: str, tiny_encoder: Path, tmp_path: Path) -> N
     )
     type(guard).load_pretrained(tmp_path / "run" / "memory", fresh.model)
     assert fresh.predict(2) == trainer.predict(2)
+    stock = PeftModel.from_pretrained(BertModel.from_pretrained(tiny_encoder), tmp_path / "run" / "adapter")
+    assert stock.peft_config["default"].r == 12
+    batch = tokens(4, 8, 1)
+    with torch.no_grad():
+        trainer.model.encoder.eval()
+        ours = trainer.model.encoder(**batch).last_hidden_state
+        assert change(stock(**batch).last_hidden_state, ours) <= 1e-5
     before = {n: f.clone() for n, f in trainer.model.encoder.named_parameters() if "lora_B.task-001" in n}
     assert before
     assert all(bool(f.any()) for f in before.values())

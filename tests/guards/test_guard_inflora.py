@@ -13,8 +13,8 @@ from reference_inflora import DualGPM, ReferenceInfLoRA
 from torch import Tensor
 
 from growthring.errors import ConfigError, GuardError
-from growthring.guards import InfLoRA, LinearSchedule
-from growthring.subspace import Subspace
+from growthring.guards import InfLoRA, LinearSchedule, inflora
+from growthring.subspace import SecondMoment, Subspace
 
 DOUBLE = torch.float64
 OLD, NEW = rows(6, 20, 1), rows(8, 20, 2)
@@ -262,7 +262,7 @@ def test_a_full_memory_says_so() -> None:
         guard.prepare("new", [NEW])
     guard.begin_task()
     fit(model, NEW, guard, steps=3)
-    with pytest.warns(UserWarning, match="still zero"), pytest.warns(UserWarning, match="no free direction"):
+    with pytest.warns(UserWarning, match="still zero"), pytest.warns(UserWarning, match="direction is left"):
         certificate = guard.end_task("new", [NEW])
     assert certificate.leak == 0.0
 
@@ -325,6 +325,25 @@ def test_half_precision_is_not_called_kept() -> None:
     certificate = guard.end_task("new", [NEW.bfloat16()])
     assert certificate.leak > 1e-5
     assert certificate.kept is False
+
+
+@pytest.mark.parametrize("rank", [0, 12, 45])
+def test_wide_inputs_are_iterated_for(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same directions as a whole eigendecomposition gives, and as far outside the old space."""
+    x = rows(200, 60, 1, DOUBLE) * 0.8 ** torch.arange(60)
+    space = Subspace(60, rows(60, rank, 2, DOUBLE))
+    exact = inflora.directions(SecondMoment(60).update(x), space, 5)
+    monkeypatch.setattr(inflora, "ITERATE_ABOVE", 10)
+    found = inflora.directions(SecondMoment(60).update(x), space, 5)
+    assert found.shape == exact.shape == (5, 60)
+    assert torch.allclose((found @ exact.T).abs(), torch.eye(5, dtype=DOUBLE), atol=1e-3)
+    assert space.share(found) <= 1e-6
+
+
+def test_wide_inputs_without_a_free_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflora, "ITERATE_ABOVE", 10)
+    space = Subspace(30, torch.eye(30))
+    assert inflora.directions(SecondMoment(30).update(rows(50, 30, 1)), space, 4).shape == (0, 30)
 
 
 def _spaces(guard: InfLoRA) -> dict[str, Tensor]:

@@ -120,7 +120,10 @@ def test_a_task_has_one_source_and_one_kind_of_input(task, said):
         ({"method": "gpm", "guard": {"mode": "strict"}}, "guard.mode: has no effect: for every linear weight"),
         ({"method": "o-lora", "guard": {"energy": 0.9}}, "guard.energy: has no effect: the guard of the method"),
         ({"method": "pegp", "guard": {"weight": 0.9}}, "guard.weight: has no effect: the guard of the method 'pegp'"),
-        ({"method": "inflora", "guard": {"energy": "auto"}}, "guard.energy: 'auto': InfLoRA takes one number"),
+        (
+            {"method": "inflora", "guard": {"energy": "auto"}},
+            "InfLoRA takes one number or a schedule {start, end, tasks}: 'auto'",
+        ),
         ({"method": "inflora", "guard": {"energy": {"lora_A": 0.9}}}, "InfLoRA takes one number or a schedule"),
         ({"method": "pegp", "guard": {"kinds": ["ia3"]}}, "guard.kinds.ia3: has no effect"),
         (

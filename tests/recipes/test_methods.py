@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-
 from typing import get_args
 
 import pytest

@@ -165,7 +165,7 @@ def test_an_optimizer_of_something_else_is_noticed(build):
 def test_a_head_that_trains_alone_by_accident_is_told(build, caplog, lora):
     """The linear head learns, but the adapter is cut off from the loss."""
     trainer = build(head="linear")
-    trainer.model.embed = lambda input_ids, *rest, **more: torch.nn.functional.one_hot(input_ids[:, 1] % 32, 32).float()
+    trainer.model.embed = lambda input_ids, *_, **__: torch.nn.functional.one_hot(input_ids[:, 1] % 32, 32).float()
     trainer.fit()
     assert "task 'animals' changed the head and nothing in the encoder" in caplog.text
 

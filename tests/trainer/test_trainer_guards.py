@@ -248,9 +248,13 @@ def test_every_trial_starts_from_the_same_weights(build, tmp_path):
     starts, steps = [], []
 
     class Watch(gr.PEGP):
+        def attach(self, model):
+            super().attach(model)
+            self.model = model
+
         def begin_task(self, task=None):
             super().begin_task(task)
-            starts.append({n: p.detach().clone() for n, p in self._model.named_parameters()})
+            starts.append({n: p.detach().clone() for n, p in self.model.named_parameters()})
 
     class Mine(gr.guards.base.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

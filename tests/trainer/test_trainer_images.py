@@ -8,7 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from trainer_helpers import arguments, differing, stream_of, weights
-from transformers import AutoModel, ResNetConfig, ResNetModel, T5Config, T5Model, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModel,
+    ResNetConfig,
+    ResNetModel,
+    T5Config,
+    T5Model,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from vision_helpers import HALF, image_stream, tiny_clip, tiny_dino, tiny_vit
 
 import growthring as gr
@@ -129,7 +138,6 @@ def test_learned_prompts_stay_out_of_the_features(pooling):
     assert torch.equal(trainer.model.embed(pixel_values=batch["pixel_values"]), expected)
 
 
-
 @pytest.mark.parametrize("kind", ["BottleneckConfig", "PrefixTokensConfig", "PromptTokensConfig"])
 def test_our_adapters_learn_images(kind, tmp_path):
     import growthring.adapters as adapters
@@ -220,7 +228,9 @@ def test_sound_and_sigmoid_models_are_refused():
     from transformers import SiglipConfig, SiglipModel, Wav2Vec2Config, Wav2Vec2Model
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    sound = Wav2Vec2Model(Wav2Vec2Config(**small, conv_dim=[8], conv_stride=[5], conv_kernel=[10], num_conv_pos_embeddings=4))
+    sound = Wav2Vec2Model(
+        Wav2Vec2Config(**small, conv_dim=[8], conv_stride=[5], conv_kernel=[10], num_conv_pos_embeddings=4)
+    )
     with pytest.raises(ConfigError, match=r"Wav2Vec2Model reads input_values \(audio\)"):
         kind_of(sound)
     text = small | {"vocab_size": 10, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -237,3 +247,21 @@ def test_no_class_token_is_averaged():
     )
     assert find_pooling(swin, None) == "mean"
     train(swin, image_size=16, adapter="linear").fit()
+
+
+def test_an_adapter_that_finds_no_layer_is_told_the_names():
+    with pytest.raises(ConfigError, match=r"the adapter finds no layer in ViTModel: .* are named .*(query|q_proj)"):
+        train(tiny_vit(), adapter=lora(target_modules=["no_such_layer"]))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_gradient_checkpointing_changes_nothing(adapter):
+    made = []
+    for checkpointing in (False, True):
+        new = hasattr(TrainingArguments, "activation_checkpointing")
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
+        args = {name: checkpointing, f"{name}_kwargs": {"use_reentrant": False}}
+        trainer = train(tiny_vit(), adapter=lora() if adapter == "lora" else adapter, args=args)
+        trainer.fit()
+        made.append(weights(trainer))
+    assert all(torch.allclose(made[0][n], made[1][n], atol=1e-6) for n in made[0])

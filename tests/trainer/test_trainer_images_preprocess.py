@@ -140,7 +140,9 @@ def test_bad_settings(settings, message):
 
 
 def test_what_nothing_says_is_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"the model does not say how images are made; give image_processor=\{'image"):
+    with pytest.raises(
+        ConfigError, match=r"the model does not say how images are made; give image_processor=\{'image"
+    ):
         find_preprocessor(tiny_vit(), None)
     with pytest.raises(ConfigError, match=r"holds no preprocessor_config.json; give image_processor"):
         find_preprocessor(tiny_vit(), tmp_path)

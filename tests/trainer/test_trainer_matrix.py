@@ -142,10 +142,10 @@ def test_validation_is_carved_from_train_and_not_trained_on(build):
     trained = []
     trainer = build(stream, args={"max_steps": -1, "num_train_epochs": 1, "dataloader_num_workers": 0})
     inner = trainer._collate
-    trainer._collate = lambda rows: trained.extend(tuple(r["input_ids"]) for r in rows) or inner(rows)
+    trainer._collate = lambda rows: trained.extend(tuple(r["inputs"]) for r in rows) or inner(rows)
     trainer._train([0], "animals", _Silent(), _Silent(), 0)
-    held_out = {tuple(tokens) for tokens in trainer._data[0]["validation"].tokens}
-    assert sorted(trained) == sorted(map(tuple, trainer._data[0]["train"].tokens))
+    held_out = {tuple(tokens) for tokens in trainer._data[0]["validation"].inputs}
+    assert sorted(trained) == sorted(map(tuple, trainer._data[0]["train"].inputs))
     assert not held_out & {*trained}
 
 
@@ -245,7 +245,7 @@ def test_long_texts_are_cut_where_the_model_ends(build):
     with pytest.warns(UserWarning, match="nothing to forget"):
         stream = gr.TaskStream([task])
     trainer = build(stream, args={"max_steps": 1})
-    assert max(map(len, trainer._data[0]["train"].tokens)) == 64
+    assert max(map(len, trainer._data[0]["train"].inputs)) == 64
     trainer.fit()
 
 

@@ -143,8 +143,10 @@ def test_online_runs_are_read_like_class_incremental_ones(build):
     ]  # fmt: skip
 
 
-def test_a_joint_online_run_is_one_shuffled_pass(build):
-    trainer, rows = watched(build, online(), args={"max_steps": -1, "num_train_epochs": 1}, joint=True)
+@pytest.mark.parametrize("budget", [{"max_steps": -1, "num_train_epochs": 1}, {"max_steps": 4}])
+def test_a_joint_online_run_is_one_shuffled_pass(build, budget):
+    """29 rows are four batches of eight, not all of them full; three times 29 are eleven, not twelve."""
+    trainer, rows = watched(build, online(3), args=budget, joint=True)
     assert len(rows) == len(set(rows)) == sum(len(d["train"]) for d in trainer._data)
     tasks = [task for task, _ in rows]
     assert tasks != sorted(tasks)
@@ -318,9 +320,9 @@ def test_results_say_what_guards_do_with_every_tensor(build):
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-def second_task_of(build, guards, **settings):
+def second_task_of(build, guards, adapter="linear", **settings):
     """Trained weights after the first task and after the second, and the run."""
-    trainer = build(guards=guards, adapter="linear", args={"max_steps": 3, "learning_rate": 1e-3}, **settings)
+    trainer = build(guards=guards, adapter=adapter, args={"max_steps": 3, "learning_rate": 1e-3}, **settings)
     kept = {}
 
     class Keep(Nothing):
@@ -346,6 +348,24 @@ def test_a_free_copy_is_merged_in_from_the_second_task_on(build):
     assert [t["steps"] for t in run.timings["tasks"]] == [3, 6]
     leaks = [c.leak for c in (*kept.certificates, *run.certificates) if c.guard == "pegp" and c.leak is not None]
     assert leaks[0] < 1e-5 < 1e-2 < leaks[1]  # the certificate says what merging costs
+
+
+def test_what_is_held_is_not_moved_by_merging_either(build):
+    start, merged, run = second_task_of(build, [gr.PEGP(energy=0.9, merge=0.5)], adapter="full")
+    held = {site["name"] for site in run.sites if site["treatment"] == "held"}
+    assert any("LayerNorm" in name for name in held)
+    assert any(name.endswith(".bias") for name in start)
+    assert all(torch.equal(start[name], merged[name]) for name in held)
+    moved = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert moved == {site["name"] for site in run.sites if site["treatment"] == "protected"}
+
+
+def test_a_new_block_of_the_head_is_merged_too(build):
+    """Its rows are new in the second task: no guard holds them, and the free copy trains them."""
+    _, strict, _ = second_task_of(build, [gr.PEGP(energy=0.9)], head="linear")
+    _, merged, _ = second_task_of(build, [gr.PEGP(energy=0.9, merge=0.5)], head="linear")
+    name = "head.blocks.1.weight"
+    assert not torch.equal(strict[name], merged[name])
 
 
 def test_two_guards_cannot_both_merge(build):

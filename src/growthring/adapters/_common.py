@@ -190,9 +190,15 @@ class WrappingTuner(BaseTuner):  # type: ignore[misc]
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        for module in model.modules():  # PEFT before 0.21 goes by names, and a model's own may hold our prefix
-            if isinstance(module, self.layer_cls):
-                module.base_layer.requires_grad_(False)
+        layers = [module for module in model.modules() if isinstance(module, self.layer_cls)]
+        ours = {
+            id(p) for layer in layers for name in layer.adapter_layer_names for p in getattr(layer, name).parameters()
+        }
+        for name, parameter in model.named_parameters():
+            if self.prefix in name and id(parameter) not in ours:
+                parameter.requires_grad_(
+                    False
+                )  # PEFT before 0.21 goes by names, and a model's own may hold our prefix
 
 
 def peft_type(name: str) -> PeftType:

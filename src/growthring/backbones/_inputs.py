@@ -19,6 +19,8 @@ TOKENS = 6
 def example_inputs(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments for one forward pass on one sample.
 
+    Images have the size that the config names: others are refused by some models, and some remember what they saw.
+
     Raises:
         ConfigError: If the model has no config, or its forward pass takes neither token ids nor pixels.
     """
@@ -47,6 +49,6 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         size = getattr(image, "image_size", None) or 32
         height, width = (size, size) if isinstance(size, int) else size
         channels = int(getattr(image, "num_channels", 3) or 3)
-        pixels = torch.linspace(-1, 1, channels * height * width, device=like.device)
-        inputs["pixel_values"] = pixels.reshape(1, channels, height, width).to(like.dtype)
+        pixels = torch.linspace(-1, 1, channels * height * width).reshape(1, channels, height, width)
+        inputs["pixel_values"] = pixels.to(like)
     return inputs

@@ -7,6 +7,8 @@ the marks of its arguments name the projections, and its output is marked as att
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 __all__ = ["AttentionCall", "LinearCall", "ModuleCall", "Trace", "base_of", "plain_name"]
@@ -41,9 +44,8 @@ class LinearCall:
     """One use of a linear layer."""
 
     name: str
-    source: int
+    source: int  # equal for the very same tensor
     marks: frozenset[Mark]
-    output: Tensor
 
 
 @dataclass
@@ -54,7 +56,7 @@ class AttentionCall:
     query: frozenset[Mark]
     key: frozenset[Mark]
     value: frozenset[Mark] = frozenset()
-    tensors: tuple[Tensor, ...] = ()
+    thirds: bool = False  # keys and values are the second and the last third of one linear layer's output
 
 
 @dataclass
@@ -63,8 +65,8 @@ class ModuleCall:
 
     name: str
     marks: frozenset[Mark]
-    inputs: tuple[Tensor, ...]
-    output: Tensor | None
+    ids: Tensor | None  # the first argument, if it holds whole numbers
+    makes_tokens: bool  # whether (batch, tokens, width) comes out
 
 
 @dataclass
@@ -83,8 +85,12 @@ class Trace:
     norms: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._marks: dict[int, frozenset[Mark]] = {}
-        self._alive: list[Any] = []  # a freed tensor's id would be given to another one
+        # weak, so that the pass needs no more memory than any other
+        self._marks: Any = WeakTensorKeyDictionary()
+        self._numbers: Any = WeakTensorKeyDictionary()
+        self._count = itertools.count()
+        self._outputs: deque[tuple[str, Tensor]] = deque(maxlen=3)  # of the linear layers that ran last
+        self._keys: dict[int, Tensor] = {}  # of attention whose values are still to come
         self._stack: list[str] = []
         self._opaque = 0
 
@@ -136,7 +142,9 @@ class Trace:
             first = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
             if kind == "linear" and first is not None and inputs:
                 self._opaque -= 1
-                self.linears.append(LinearCall(name, id(inputs[0]), marks, first))
+                number = self._numbers.setdefault(inputs[0], next(self._count))
+                self.linears.append(LinearCall(name, number, marks))
+                self._outputs.append((name, first))
                 kept = frozenset() if _listed(self.model, name) else frozenset(m for m in marks if m[0] == "input")
                 self._set(first, kept | {("linear", name)})
             elif kind == "norm" and first is not None:
@@ -145,21 +153,21 @@ class Trace:
                 keep = marks if len(marks) == 1 else frozenset(m for m in marks if m[0] == "input")
                 self._set(first, keep)
             elif kind == "other":
-                self.modules.append(ModuleCall(name, marks, tuple(inputs), first))
-            self._alive.append((args, kwargs, output))
+                whole = inputs and not inputs[0].is_floating_point()
+                tokens = first is not None and first.dim() == 3 and first.is_floating_point()
+                self.modules.append(ModuleCall(name, marks, inputs[0] if whole else None, tokens))
 
         return hook
 
     def _set(self, tensor: Tensor, marks: frozenset[Mark]) -> None:
-        self._marks[id(tensor)] = marks
-        self._alive.append(tensor)
+        self._marks[tensor] = marks
 
     def union(self, values: Any) -> frozenset[Mark]:
         """Marks of every tensor in ``values``."""
         marks: set[Mark] = set()
         for leaf in tree_leaves(values):
             if isinstance(leaf, Tensor):
-                marks |= self._marks.get(id(leaf), frozenset())
+                marks |= self._marks.get(leaf, frozenset())
         return frozenset(marks)
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -172,7 +180,7 @@ class Trace:
         if name == "scaled_dot_product_attention":
             tensors = tuple([*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs)][:3])
             query, key, value = (self.union(t) for t in tensors)
-            self.attentions.append(AttentionCall(where, query, key, value, tensors))
+            self.attentions.append(AttentionCall(where, query, key, value, self._in_thirds(tensors[1], tensors[2])))
             marks = frozenset({("attended", len(self.attentions) - 1)})
         elif name in _PRODUCTS:
             tensors = tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -180,16 +188,31 @@ class Trace:
             probabilities = next((number for kind, number in left if kind == "probs"), None)
             if probabilities is not None:
                 call = self.attentions[probabilities]
-                call.value, call.tensors = right, (*call.tensors[:2], tensors[-1])
+                call.value, keys = right, self._keys.pop(probabilities, None)
+                call.thirds = keys is not None and self._in_thirds(keys, tensors[-1])
                 marks = frozenset({("attended", probabilities)})
             elif left and right:
-                self.attentions.append(AttentionCall(where, left, right, tensors=tensors[-2:]))
+                self._keys[len(self.attentions)] = tensors[-1].mT
+                self.attentions.append(AttentionCall(where, left, right))
                 marks = frozenset({("scores", len(self.attentions) - 1)})
         elif name in ("softmax", "_softmax"):
             marks = frozenset(("probs", number) if kind == "scores" else (kind, number) for kind, number in marks)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._set(leaf, marks)
+
+    def _in_thirds(self, key: Tensor, value: Tensor) -> bool:
+        """Whether a linear layer's output ends with these keys and values, heads one after another inside each."""
+        if key.dim() != 4 or value.dim() != 4:
+            return False
+        flat = [t.transpose(1, 2).flatten(2) for t in (key, value)]
+        for _, output in self._outputs:
+            parts = output.chunk(3, dim=-1)[1:] if output.dim() == 3 else ()
+            if len(parts) == 2 and all(
+                a.shape == b.shape and torch.equal(a, b) for a, b in zip(flat, parts, strict=True)
+            ):
+                return True
+        return False
 
 
 class _Follow(TorchFunctionMode):

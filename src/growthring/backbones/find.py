@@ -38,22 +38,7 @@ def map_modules(model: nn.Module, example: Mapping[str, Any] | None = None) -> M
     """
     kind = type(model).__name__
     inputs = dict(example) if example is not None else example_inputs(model)
-    trace = Trace(model)
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            trace.watch(inputs)
-    except Exception as error:
-        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
-        raise ConfigError(
-            f"{kind} cannot be mapped: its forward pass on {shapes} failed ({type(error).__name__}: {error}); give an "
-            "example that works, as map_modules(model, example={...}), or name target_modules yourself"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
-
+    trace = _watched(model, inputs)
     blocks: dict[str, list[int]] = {}
     for number, call in enumerate(trace.attentions):
         block = _block_of(model, call.module) if call.value else None
@@ -65,7 +50,7 @@ def map_modules(model: nn.Module, example: Mapping[str, Any] | None = None) -> M
         raise ConfigError(
             f"{kind} cannot be mapped: looked for repeated layers (entries of an nn.ModuleList) in which linear "
             f"layers give queries, keys and values to softmax(QK')V; found {len(trace.linears)} uses of linear "
-            f"layers, {attended} of attention, lists {lists or 'none'}. Name target_modules yourself"
+            f"layers, {attended} of attention, lists {lists or 'none'}.{_hidden(model)} Name target_modules yourself"
         )
     stacks: dict[str, list[Block]] = {}
     for name, numbers in blocks.items():
@@ -94,6 +79,34 @@ def map_towers(model: nn.Module, example: Mapping[str, Any] | None = None) -> di
     if len(whole.modalities) < 2:
         raise ConfigError(f"{whole.model} reads {whole.modalities[0]} only, it has no towers; use map_modules")
     return {modality: whole.tower(modality) for modality in whole.modalities}
+
+
+def _hidden(model: nn.Module) -> str:
+    """A hint if attention runs in a kernel that cannot be followed."""
+    used = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if used in (None, "eager", "sdpa"):
+        return ""
+    return f" Attention runs as {used!r}, which cannot be followed: map the model under 'sdpa' or 'eager' first."
+
+
+def _watched(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """Run the model once."""
+    trace = Trace(model)
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trace.watch(inputs)
+    except Exception as error:
+        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+        raise ConfigError(
+            f"{type(model).__name__} cannot be mapped: its forward pass on {shapes} failed ({type(error).__name__}: "
+            f"{error}); give an example that works, as map_modules(model, example={{...}}), or name target_modules"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    return trace
 
 
 def _block_of(model: nn.Module, name: str) -> str | None:
@@ -148,22 +161,9 @@ def _attention(trace: Trace, kind: str, call: AttentionCall, number: int) -> Att
         names[part] = linear[0]
     source = {c.name: c.source for c in trace.linears}
     output = next((c.name for c in trace.linears if ("attended", number) in c.marks), None)
-    thirds = len(set(names.values())) == 1 and _in_thirds(trace, names["query"], call)
+    thirds = len(set(names.values())) == 1 and call.thirds
     return Attention(call.module, **names, output=output, cross=source[names["query"]] != source[names["key"]],
                      thirds=thirds)  # fmt: skip
-
-
-def _in_thirds(trace: Trace, name: str, call: AttentionCall) -> bool:
-    """Whether a fused projection's output is query, key and value one after another, heads inside each."""
-    output = next(c.output for c in trace.linears if c.name == name)
-    if output.shape[-1] % 3 or any(t.dim() != 4 for t in call.tensors):
-        return False
-    query, key, value = call.tensors
-    if key.shape[-1] != query.shape[-1]:  # given transposed, by the product
-        key = key.mT
-    flat = [t.transpose(1, 2).flatten(2) for t in (key, value)]
-    parts = output.chunk(3, dim=-1)[1:]
-    return all(a.shape == b.shape and bool(torch.equal(a, b)) for a, b in zip(flat, parts, strict=True))
 
 
 def _stack(
@@ -182,9 +182,8 @@ def _stack(
                 call.name
                 for call in trace.modules
                 if isinstance(base_of(_get(model, call.name)), nn.Embedding)
-                and call.inputs
-                and call.inputs[0].numel() == ids.numel()
-                and torch.equal(call.inputs[0].flatten(), ids)
+                and call.ids is not None
+                and torch.equal(call.ids.flatten(), ids)
             ),
             None,
         )
@@ -193,9 +192,7 @@ def _stack(
         for call in trace.modules
         if call.name not in holds_blocks
         and not any(_inside(call.name, block) for block in others)
-        and call.output is not None
-        and call.output.dim() == 3
-        and call.output.is_floating_point()
+        and call.makes_tokens
         and ("input", own) in call.marks
         and (table is None or _inside(table, call.name))
     ]

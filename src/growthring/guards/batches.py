@@ -17,6 +17,7 @@ __all__ = [
     "evaluating",
     "head_of",
     "mask_for",
+    "mask_of",
     "masks_apply",
     "output_of",
     "relative_change",
@@ -107,10 +108,23 @@ def masks_apply(model: nn.Module) -> bool:
     return not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules())
 
 
-def mask_for(features: Tensor, batch: Any) -> Tensor | None:
-    """The batch's attention mask when it has one element for every feature row; padding is nobody's knowledge."""
+def mask_of(batch: Any) -> Tensor | None:
+    """The batch's attention mask ``(batch, tokens)``: one where a token counts; padding is nobody's knowledge.
+
+    ``None`` if there is none of that form, and where images come beside the text: with as many patches as tokens, by
+    chance, patches would be taken for padding.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask < 0).any()):
+        return None
+    images = any(isinstance(v, Tensor) and v.ndim >= 4 and v.is_floating_point() for v in batch.values())
+    return None if images else mask
+
+
+def mask_for(features: Tensor, batch: Any) -> Tensor | None:
+    """The batch's attention mask when it has one element for every feature row."""
+    mask = mask_of(batch)
+    if mask is None:
         return None
     if features.shape[:-1] == mask.shape or (
         features.ndim == 2 and features.shape[0] == mask.numel() != mask.shape[0]

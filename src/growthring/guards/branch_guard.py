@@ -16,9 +16,11 @@ from growthring.errors import ConfigError, DataError, GuardError
 from . import storage
 from .base import Certificate, Guard
 from .branches import Branches
+from .plan import TensorPlan, Treatment
 
 __all__ = ["BranchGuard"]
 
+HOLE = "old outputs may change through it, by any amount"
 _NARROW = (torch.float16, torch.bfloat16)
 _Self = TypeVar("_Self", bound="BranchGuard")
 
@@ -28,6 +30,8 @@ class BranchGuard(Guard):
 
     trains = "AB"
     """Factors of the current branch that train."""
+    plans: Mapping[str, tuple[Treatment, str, str, str]] = {}
+    """Treatment, condition, why and cost of the factors ``"A"`` and ``"B"`` of a new branch."""
 
     def __init__(self) -> None:
         self.tasks: list[str] = []
@@ -111,6 +115,34 @@ class BranchGuard(Guard):
             )
         self._activate()
         self._sums = self._sums or branches.sums(self._frozen())
+
+    def explain(self, model: nn.Module | None = None) -> tuple[TensorPlan, ...]:
+        """What happens to every trainable tensor, and why; before training or at any time.
+
+        Before the first task the adapter that the model has stands for the branch of every task.
+
+        Args:
+            model: Looked at without being attached; default the attached one.
+
+        Raises:
+            GuardError: If there is neither, or the model has no LoRA whose branches add up.
+        """
+        if model is None:
+            self._attached()
+        looked_at = model if model is not None else self._model
+        assert looked_at is not None
+        branches = Branches(looked_at, self.name)
+        newest = branches.names()[-1:]
+        factors = {id(t): side for n in newest for _, f in branches.factors(n) for t, side in ((f.a, "A"), (f.b, "B"))}
+        rows = []
+        for name, tensor in looked_at.named_parameters():
+            side, shape = factors.get(id(tensor)), tuple(tensor.shape)
+            if side is not None:
+                treatment, condition, why, cost = self.plans[side]
+                rows.append(TensorPlan(name, shape, treatment, (f"lora_{side}",), condition, why, cost))
+            elif tensor.requires_grad:
+                rows.append(TensorPlan(name, shape, "free", (), "", "it belongs to no branch", HOLE))
+        return tuple(rows)
 
     @abstractmethod
     def _design(self, branches: Branches, batches: Iterable[Any]) -> None:

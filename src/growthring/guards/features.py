@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .attention import Attended, key_jacobian, real_rows, rows_at, watching
-from .batches import head_of, masks_apply, run_model
+from .batches import head_of, mask_of, masks_apply, run_model
 from .site import Site, Slots, original_name
 
 __all__ = ["Key", "Sink", "capture", "group_by_input", "jacobians"]
@@ -45,8 +45,7 @@ class capture:
         jacobians: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model, self._sink, self._jacobians = model, sink, jacobians or {}
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) and masks_apply(model) else None
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._mask = mask_of(batch) if masks_apply(model) else None
         plain = [site for site in sites if site.slots is None]
         self._inputs = _by_module(s for s in plain if s.scales != "output")
         self._outputs = _by_module(s for s in plain if s.scales == "output")

@@ -35,6 +35,7 @@ from .batches import evaluating, head_of, mask_for, masks_apply, run_model, size
 from .branch_guard import BranchGuard
 from .branches import Branches
 from .energy import LinearSchedule, parse_energy
+from .plan import Treatment
 
 __all__ = ["InfLoRA"]
 
@@ -42,6 +43,8 @@ EXACT_ABOVE = 0.999
 """Energies above this are collected by QR, which sees directions down to rounding noise."""
 SKETCH_ABOVE = 4096
 ROWS, ROWS_PER_DIM = 8192, 4
+ITERATE_ABOVE, OVERSAMPLE, ITERATIONS = 1024, 8, 8
+"""Inputs wider than this: the few leading directions are iterated for, in place of a whole eigendecomposition."""
 
 
 class InfLoRA(BranchGuard):
@@ -73,6 +76,15 @@ class InfLoRA(BranchGuard):
 
     name = "inflora"
     trains = "B"
+    plans: Mapping[str, tuple[Treatment, str, str, str]] = {
+        "A": (
+            "frozen",
+            "A x = 0 for the old inputs x of the layer",
+            "made from the inputs of each task before it trains",
+            "the branch sees only what old inputs leave free",
+        ),
+        "B": ("protected", "B (A x) = 0 for old inputs x, whatever B becomes, since A x = 0", "", ""),
+    }
 
     def __init__(self, energy: float | LinearSchedule | Mapping[str, Any] = 0.95, *, samples: int = 256) -> None:
         super().__init__()
@@ -185,11 +197,12 @@ class InfLoRA(BranchGuard):
     def _design(self, branches: Branches, batches: Iterable[Any]) -> None:
         moments = self._moments(batches, exact=False)
         for lead, moment in moments.items():
-            rows = directions(moment, self._spaces.get(lead)) / math.sqrt(3.0)
-            for layer, f in branches.factors(self.current):
-                if self._groups[layer] == lead:
-                    count = min(f.a.shape[0], rows.shape[0])
-                    f.a.zero_()[:count].copy_(rows[:count])
+            mine = [f.a for layer, f in branches.factors(self.current) if self._groups[layer] == lead]
+            widest = max((a.shape[0] for a in mine), default=0)
+            rows = directions(moment, self._spaces.get(lead), widest) / math.sqrt(3.0)
+            for a in mine:
+                count = min(a.shape[0], rows.shape[0])
+                a.zero_()[:count].copy_(rows[:count])
         if not any(bool(f.a.any()) for _, f in branches.factors(self.current)):
             warnings.warn(
                 "InfLoRA: the inputs of this task lie inside the space of earlier tasks at every layer, so its branch "
@@ -233,14 +246,18 @@ class InfLoRA(BranchGuard):
             )
 
 
-def directions(moment: SecondMoment, space: Subspace | None) -> Tensor:
-    """Unit rows ``(k, d)``, float64: the inputs' principal directions outside ``space``, strongest first.
+def directions(moment: SecondMoment, space: Subspace | None, count: int) -> Tensor:
+    """Unit rows ``(<= count, d)``, float64: the inputs' principal directions outside ``space``, strongest first.
 
     Directions whose energy is rounding noise are left out.
     """
     if moment.trace == 0.0:
         return torch.zeros(0, moment.dim, dtype=torch.float64)
-    values, vectors = moment.residual_spectrum(space)
+    if moment.form == "gram" and moment.dim > ITERATE_ABOVE:
+        values, vectors = _leading(moment.matrix(), space, count)
+    else:
+        values, vectors = moment.residual_spectrum(space)
+        values, vectors = values[:count], vectors[:, :count]
     noise = 4 * torch.finfo(moment.products).eps if moment.form == "gram" else 0.0
     rows = vectors[:, values > max(noise, 1e-12) * moment.trace].mT
     if space is not None and space.rank:
@@ -248,6 +265,22 @@ def directions(moment: SecondMoment, space: Subspace | None) -> Tensor:
             rows = space.reject(rows.to(space.device)).to(rows.device)
         rows = rows / rows.norm(dim=1, keepdim=True)
     return rows
+
+
+def _leading(matrix: Tensor, space: Subspace | None, count: int) -> tuple[Tensor, Tensor]:
+    """The leading part of ``matrix``'s spectrum outside ``space``, by subspace iteration."""
+
+    def outside(rows: Tensor) -> Tensor:
+        return rows if space is None else space.reject(rows.to(space.device)).to(rows.device)
+
+    generator = torch.Generator().manual_seed(0)
+    dim = matrix.shape[0]
+    rows = torch.randn(min(count + OVERSAMPLE, dim), dim, generator=generator, dtype=torch.float64).to(matrix.device)
+    for _ in range(ITERATIONS):
+        rows = torch.linalg.qr(outside(outside(rows) @ matrix).mT)[0].mT
+    rows = outside(rows)
+    values, turned = torch.linalg.eigh(rows @ matrix @ rows.mT)
+    return values.flip(0)[:count], (turned.flip(1)[:, :count].mT @ rows).mT
 
 
 def input_moments(

@@ -246,7 +246,7 @@ def collect(
         if site.bias:
             rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
         keep = math.ceil(max(ROWS, ROWS_PER_DIM * moment.dim) * size_of(current) / expected)
-        if moment.form != "root" and keep < rows.shape[0]:
+        if moment.form not in ("root", "diagonal") and keep < rows.shape[0]:
             rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
         moment.update(rows)
 

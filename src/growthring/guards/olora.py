@@ -25,8 +25,9 @@ from growthring.errors import ConfigError, nearest
 from growthring.subspace import Subspace
 
 from .base import Certificate, GuardCallback, SiteCertificate
-from .branch_guard import BranchGuard
+from .branch_guard import HOLE, BranchGuard
 from .branches import Branches
+from .plan import Treatment
 
 __all__ = ["OLoRA"]
 
@@ -60,6 +61,10 @@ class OLoRA(BranchGuard):
     """
 
     name = "o-lora"
+    plans: Mapping[str, tuple[Treatment, str, str, str]] = {
+        "A": ("free", "", "a loss term pushes its rows away from those of earlier branches, no condition does", HOLE),
+        "B": ("free", "", "nothing keeps it", HOLE),
+    }
 
     def __init__(self, weight: float = 0.5, *, norm: str = "l1") -> None:
         super().__init__()

@@ -115,7 +115,7 @@ class PEGP(Guard):
         ):
             if value not in allowed:
                 raise ConfigError(f"PEGP({what}={value!r}): {nearest(str(value), allowed)}")
-        if isinstance(merge, bool) or not 0.0 <= merge < 1.0:
+        if isinstance(merge, bool) or not isinstance(merge, int | float) or not 0.0 <= merge < 1.0:
             raise ConfigError(f"PEGP(merge={merge!r}): the weight of the free copy must be in [0, 1)")
         if isinstance(kinds, str) or (kinds is not None and not kinds):
             raise ConfigError(f"PEGP(kinds={kinds!r}): give a list with at least one of {', '.join(KINDS)}")
@@ -168,7 +168,9 @@ class PEGP(Guard):
         policy = cast(Literal["hold", "allow", "freeze"], self.unprotected)
         names = {original_name(n): p for n, p in model.named_parameters()}
         sites = find_sites(model, self._memory.dims, self.mode)
-        return plan(names, sites, self.kinds, self.mode, policy, self._frozen)
+        ours = self._survey is not None and self._survey.model is model
+        unseen = self._attached().guarded(self._memory, self._known)[1] if ours else ()
+        return plan(names, sites, self.kinds, self.mode, policy, self._frozen, unseen)
 
     def begin_task(self, task: str | None = None) -> None:
         """Anchor every protected tensor where it is now, or where it was if this task is under way already.

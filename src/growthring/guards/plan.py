@@ -40,6 +40,8 @@ PAPER: Mapping[str, str] = {
 
 _HOLE = "old outputs may change through it, by any amount"
 _LATER = "it trains in the first task only"
+_NO_MATRIX = "no condition: it is no matrix that multiplies features (bias, norm, embedding, or a shared weight)"
+_UNSEEN = "no condition: its features were never seen (not used by old tasks, or used where no module shows them)"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def plan(
     mode: Mode,
     policy: Literal["hold", "allow", "freeze"],
     frozen: Collection[str] = (),
+    unseen: Collection[str] = (),
 ) -> tuple[TensorPlan, ...]:
     """One entry for each trainable tensor (and each that the guard itself froze), in the order of the model.
 
@@ -87,6 +90,7 @@ def plan(
         mode: Which conditions hold.
         policy: What happens to tensors without a condition.
         frozen: Names of tensors that the guard froze.
+        unseen: Names of tensors of old tasks whose features were never seen, so that no condition is known.
     """
     by_tensor: dict[str, list[Site]] = {}
     for site in sites:
@@ -98,7 +102,12 @@ def plan(
             continue
         mine = by_tensor.get(name, [])
         kept = [s for s in mine if chosen is None or s.kind in chosen]
-        rows.append(_one(name, tuple(tensor.shape), mine, kept, mode, policy))
+        shape = tuple(tensor.shape)
+        rows.append(
+            _bare(name, shape, _UNSEEN, policy)
+            if kept and name in unseen
+            else _one(name, shape, mine, kept, mode, policy)
+        )
     return tuple(rows)
 
 
@@ -115,10 +124,14 @@ def _one(
         return TensorPlan(name, shape, "free", (), "", f"left out by kinds=: {', '.join(left_out)}", _HOLE)
     if loose_in_paper(name, mode):
         return TensorPlan(name, shape, "free", (), "", "mode='paper' has no condition for prefix values", _HOLE)
-    why = "no condition: it is no matrix that multiplies features (bias, norm, embedding, or a shared weight)"
+    return _bare(name, shape, _NO_MATRIX, policy)
+
+
+def _bare(name: str, shape: tuple[int, ...], why: str, policy: str) -> TensorPlan:
+    """What happens to a tensor without a condition."""
     if policy == "allow":
         return TensorPlan(name, shape, "free", (), "", why, _HOLE)
-    if policy == "freeze":
+    if policy == "freeze" and why == _NO_MATRIX:
         return TensorPlan(name, shape, "frozen", (), "", why, "it never trains")
     return TensorPlan(name, shape, "held", (), "", why, _LATER)
 

@@ -73,7 +73,9 @@ def learned_prompts(model: Any, name: str, mode: Mode) -> Found:
             shape = (config.num_virtual_tokens, config.token_dim, config.num_attention_heads)
             for layer in range(config.num_layers):
                 for what, place in (("key", 2 * layer), ("value", 2 * layer + 1)):
-                    for one in _prefix(parameter, name, what, shape, mode, adapter, offset=place * shape[1], layer=layer):
+                    for one in _prefix(
+                        parameter, name, what, shape, mode, adapter, offset=place * shape[1], layer=layer
+                    ):
                         yield encoder.embedding.weight, one
         elif type(encoder) is PromptEmbedding:
             if getattr(config, "num_transformer_submodules", 1) != 1:
@@ -95,8 +97,8 @@ def tuned_tokens(module: Any, name: str, mode: Mode) -> Found:
         active = [adapter for adapter in module.active_adapters if adapter in module._modules.get(container, {})]
         if len(active) > 1:
             raise GuardError(
-                f"{name or 'the model'} has {len(active)} active prompts or prefixes ({', '.join(active)}); PEGP follows "
-                "one. Activate one with set_adapter"
+                f"{name or 'the model'} has {len(active)} active prompts or prefixes ({', '.join(active)}); PEGP "
+                "follows one. Activate one with set_adapter"
             )
     for adapter, tokens in module._modules.get("prompt_tokens", {}).items():
         parameter = f"{inside}prompt_tokens.{adapter}"
@@ -144,7 +146,9 @@ def _prefix(
             yield Site(name, "prefix_value", module, length, parameter, True, columns, slots=slots)
 
 
-def _prompt(parameter: str, module: str, shape: tuple[int, ...], start: int, mode: Mode, adapter: str) -> Iterator[Site]:
+def _prompt(
+    parameter: str, module: str, shape: tuple[int, ...], start: int, mode: Mode, adapter: str
+) -> Iterator[Site]:
     length, width = shape
     feature: Literal["token", "logit"] = "token" if mode == "paper" else "logit"
     slots = Slots(feature, start, length, True, adapter=adapter)

@@ -42,7 +42,7 @@ def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.M
     reads = kind_of(encoder)
     if settings.tower is not None and reads != "dual":
         raise ConfigError(
-            f"adapter.tower: has no effect: {type(encoder).__name__} is no dual encoder and has one tower. Remove tower"
+            f"adapter.tower: has no effect: {type(encoder).__name__} is no dual encoder, it has one tower. Remove it"
         )
     if method.adapter == "lora":
         from peft import LoraConfig
@@ -93,7 +93,7 @@ def _tokens(method: Method, settings: AdapterSettings, encoder: nn.Module, reads
             f"adapter.tower: is missing: {type(encoder).__name__} has two towers, and a {method.adapter} belongs to "
             "one of them. Say text or image"
         )
-    own = PrefixTokensConfig if method.adapter == "prefix" else PromptTokensConfig
+    own: Any = PrefixTokensConfig if method.adapter == "prefix" else PromptTokensConfig
     return own(num_tokens=settings.tokens, tower=settings.tower)
 
 

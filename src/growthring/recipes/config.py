@@ -92,7 +92,7 @@ class RunConfig(Section):
     image_size: int | None = Field(
         default=None, ge=1, description="Pixels of each side of the images that the model is given. Default: its own."
     )
-    prompt_template: str | None = Field(
+    prompt_template: Name | None = Field(
         default=None, description="Class prompt of a dual encoder, with {} for the class. Default: a photo of a {}."
     )
     seed: Seed = Field(default=0, description="Seed of data order, adapter initialisation and dropout.")
@@ -136,7 +136,9 @@ class RunConfig(Section):
         method = get_method(self.method)
         values: dict[str, Any] = {"title": self.title or method.title, "stream": self._filled_stream()}
         values["adapter"] = adapter_for(method, self.adapter)
-        values["guard"] = guard_for(method, self.guard, linear_head=self.head != "label-text")
+        images = isinstance(values["stream"], StreamConfig) and values["stream"].images
+        linear = self.head == "linear" or (self.head == "auto" and images)  # of an image encoder, that is
+        values["guard"] = guard_for(method, self.guard, linear_head=linear)
         if self.train.learning_rate is None:
             values["train"] = self.train.model_copy(update={"learning_rate": method.learning_rate})
         self._check_stream(values["stream"])

@@ -260,7 +260,7 @@ def _family() -> Iterator[Method]:
     )
     yield Method(
         name="inflora",
-        title="InfLoRA",
+        title="InfLoRA branches",
         summary="A new LoRA branch a task, with A designed from the task's inputs outside the space of earlier tasks "
         "and frozen; only B trains. The paper adapts keys and values only.",
         adapter="lora",
@@ -277,7 +277,7 @@ def _family() -> Iterator[Method]:
     )
     yield Method(
         name="o-lora",
-        title="O-LoRA",
+        title="O-LoRA branches",
         summary="A new LoRA branch a task; a term of the loss pushes its A away from the A of earlier branches.",
         adapter="lora",
         guard="o-lora",

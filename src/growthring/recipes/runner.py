@@ -30,6 +30,7 @@ __all__ = ["PRODUCTS", "build", "build_stream", "check_folder", "run"]
 
 logger = logging.getLogger(__name__)
 
+PROMPT_TEMPLATE = "a photo of a {}."
 PRODUCTS = ("results.json", "adapter", "model", "memory")
 """What a finished run leaves behind, and what no other run may land on by accident."""
 
@@ -104,7 +105,6 @@ def build(
     encoder, tokenizer, _ = load_encoder(str(demo_encoder_path()) if config.model == "demo:minilm" else config.model)
     _check_model(config, encoder)
     adapter = make_adapter(method, config.adapter, encoder)
-    template = {} if config.prompt_template is None else {"prompt_template": config.prompt_template}
     return ContinualTrainer(
         encoder,
         stream,
@@ -117,7 +117,7 @@ def build(
         pooling=config.pooling,
         max_length=config.max_length,
         image_size=config.image_size,
-        **template,
+        prompt_template=config.prompt_template or PROMPT_TEMPLATE,
         steps=config.train.steps,
         total_steps=config.train.total_steps,
         joint=method.joint,

@@ -80,7 +80,8 @@ def sites_line(rows: Iterable[Mapping[str, Any]]) -> str:
         counts = {one: sum(row["treatment"] == one for row in mine) for one in TREATMENTS}
         told = [f"{count} {one}{_kinds(mine, one)}" for one, count in counts.items() if count]
         parts.append(f"{guard or 'no guard'}: {', '.join(told)}")
-    return f"sites, {len(rows)} trainable tensors: {'; '.join(parts)}"
+    tensors = len({row["name"] for row in rows})
+    return f"sites of {tensors} trainable tensor{'s' if tensors > 1 else ''}: {'; '.join(parts)}"
 
 
 def _kinds(rows: Iterable[Mapping[str, Any]], treatment: str) -> str:

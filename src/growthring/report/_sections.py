@@ -13,7 +13,7 @@ from ._results import Results, matrix_of, task_names
 Section = dict[str, Any]
 
 CLASSIFIERS = {"head": "trained head", "prototype": "nearest class mean", "ridge": "ridge on random features"}
-TOLD = {"classes seen": "nothing: all classes seen so far compete", "task": "the task: its classes compete"}
+TOLD = {"classes seen": "nothing", "task": "the task"}
 TREATMENTS = {
     "protected": "protected: moves only where earlier tasks do not look",
     "held": "held: keeps its value from the second task on",
@@ -23,9 +23,8 @@ TREATMENTS = {
 
 
 def view_name(view: Mapping[str, Any]) -> str:
-    """Short name of a view: ``"ridge, task told"``."""
-    told = "task told" if view.get("given") == "task" else "task unknown"
-    return f"{view.get('classifier')}, {told}"
+    """Short name of a view: ``"ridge"``, or ``"ridge, task told"``."""
+    return f"{view.get('classifier')}, task told" if view.get("given") == "task" else str(view.get("classifier"))
 
 
 def views_of(results: Results) -> list[Mapping[str, Any]]:

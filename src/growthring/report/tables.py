@@ -61,7 +61,7 @@ def summary_table(results: Sequence[Results]) -> Table:
     """
     table = Table(title="Summary, in %", title_justify="left")
     table.add_column("method")
-    for name in ("AA", "LA", "BWT", "forgetting", "FWT", "time", "worst leak"):
+    for name in ("AA", "LA", "BWT", "forgetting", "FWT", "time", "leak"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in as_list(results):
         metrics = one["metrics"]

@@ -103,7 +103,7 @@ def align_projections(
             pairs = which[rows].to(device)
             image = F.normalize(model.visual_projection(_pool(vision, seen[rows])), dim=-1)  # type: ignore[operator]
             caption = F.normalize(model.text_projection(_pool(text, read[pairs])), dim=-1)  # type: ignore[operator]
-            scores = image @ caption.T * model.logit_scale.exp()  # type: ignore[operator,union-attr]
+            scores = image @ caption.T * model.logit_scale.exp()  # type: ignore[operator]
             right = (pairs[:, None] == pairs[None]).to(scores.dtype)
             right = right / right.sum(1, keepdim=True)  # symmetric counts: the same shares for rows and for columns
             loss = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
@@ -115,7 +115,7 @@ def align_projections(
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(MAX_SCALE))  # type: ignore[operator,union-attr]
+                model.logit_scale.clamp_(max=math.log(MAX_SCALE))  # type: ignore[operator]
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

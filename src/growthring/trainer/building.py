@@ -86,13 +86,15 @@ def build(
     head = _check_head(head, kind, stream)
     how = find_pooling(encoder, folder, pooling)
     if kind == "image":
-        images, pad = find_preprocessor(encoder, folder, image_processor, image_size), 0
+        pad = 0
     else:
         max_length, pad = usable_length(encoder, tokenizer, max_length, adapter), pad_id(tokenizer)
-        images = find_preprocessor(encoder, folder, image_processor, image_size) if kind == "dual" else None
-    if images is None and (image_size is not None or image_processor is not None):
-        raise ConfigError("image_size and image_processor are for images, and the stream holds texts")
-    collate = Collator(pad, images)
+    if kind == "text":
+        if image_size is not None or image_processor is not None:
+            raise ConfigError("image_size and image_processor are for images, and the stream holds texts")
+        collate = Collator(pad)
+    else:
+        collate = Collator(pad, find_preprocessor(encoder, folder, image_processor, image_size))
     data = encode_stream(stream, tokenizer, max_length)
     reference = _encode_reference(stream, tokenizer, max_length)
     encoder = encoder.to(device)
@@ -252,7 +254,7 @@ def _replaced(encoder: nn.Module) -> int:
     """Tokens at the start of a text that learned prompts stand for, the start token included; 0 without any."""
     base = base_of(encoder)
     ends = [0]
-    for module in base.text_model.modules():  # type: ignore[union-attr,operator]
+    for module in base.text_model.modules():  # type: ignore[union-attr]
         prompts = getattr(module, "prompt_tokens", None)
         if isinstance(prompts, nn.ParameterDict):
             ends += [int(module.prompt_start) + p.shape[0] for p in prompts.values()]  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ __all__ = [
     "LinearHead",
     "Pooling",
     "StreamClassifier",
+    "StreamHead",
     "find_pooling",
     "pool",
     "pool_image",
@@ -83,8 +84,9 @@ def find_pooling(encoder: nn.Module, folder: str | Path | None, asked: str = "au
         asked: ``"auto"``, or what is wanted.
 
     Returns:
-        What is asked for, ``"own"`` for a dual encoder. ``"auto"``: what the sentence encoder says; else ``"last"`` for a decoder, whose last token
-        alone has seen the whole text, ``"cls"`` for an image encoder with a class token, ``"mean"`` for all others.
+        What is asked for, ``"own"`` for a dual encoder. ``"auto"``: what the sentence encoder says; else ``"last"``
+        for a decoder, whose last token alone has seen the whole text, ``"cls"`` for an image encoder with a class
+        token, ``"mean"`` for all others.
 
     Raises:
         ConfigError: On another name; ``"last"`` for images; ``"cls"`` for a decoder, whose first token has seen
@@ -116,7 +118,14 @@ def find_pooling(encoder: nn.Module, folder: str | Path | None, asked: str = "au
     return "last" if causal else "mean"
 
 
-class LabelTextHead(nn.Module):
+class StreamHead(nn.Module):
+    """A head over all classes of a stream."""
+
+    def begin(self, classes: Sequence[int]) -> None:
+        """Get ready to learn some classes; a head that does not train has nothing to do."""
+
+
+class LabelTextHead(StreamHead):
     """Cosine similarity to embedded label names, times a fixed scale. Nothing in it trains.
 
     The label vectors are embedded once, by the untouched model: zero-shot works before any training, and no later
@@ -134,15 +143,12 @@ class LabelTextHead(nn.Module):
         self.register_buffer("vectors", vectors)
         self.scale = scale
 
-    def begin(self, classes: Sequence[int]) -> None:
-        """Nothing to do: the head does not train."""
-
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, d)`` features to ``(batch, classes)`` logits."""
         return F.normalize(features.to(self.vectors.dtype), dim=-1) @ self.vectors.T * self.scale
 
 
-class LinearHead(nn.Module):
+class LinearHead(StreamHead):
     """One linear head that grows by a block of rows whenever a task brings new classes.
 
     A block trains while a task has one of its classes, and rests otherwise. (In a training block, rows of classes that
@@ -198,11 +204,12 @@ class StreamClassifier(nn.Module):
     """
 
     allowed: Tensor
+    head: StreamHead
 
     def __init__(
         self,
         encoder: nn.Module,
-        head: nn.Module,
+        head: StreamHead,
         pooling: Pooling,
         task_classes: Sequence[Sequence[int]],
         classes: int,

@@ -38,6 +38,7 @@ from .steps import (
     check_arguments,
     check_changed,
     explain,
+    frozen,
     merge_weight,
     task_arguments,
 )
@@ -335,8 +336,13 @@ class ContinualTrainer:
         taken = self._run(members, name, log, bars, done, self.guards, trial)
         if weight:
             strict = {n: p.detach().clone() for n, p in trained.items()}
+            unmoved = {n for n in trained if torch.equal(strict[n], start[n])}
+            held = {
+                site["name"] for site in explain(self.model, self.guards) if site.get("treatment") == "held"
+            } & unmoved
             blend(trained, start, 0.0)
-            taken += self._run(members, f"{name}: without guards", log, bars, done + taken, [], trial)
+            with frozen(trained[n] for n in held):
+                taken += self._run(members, f"{name}: without guards", log, bars, done + taken, [], trial)
             blend(trained, strict, weight)
         after = dict(zip(trained, bit_sums(trained.values()), strict=True))
         check_changed((n for n in trained if before[n] != after[n]), trained, self.guards, name, taken)

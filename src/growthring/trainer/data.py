@@ -92,7 +92,7 @@ class Collator:
         self.pad_id, self.images = pad_id, images
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """A batch of ``input_ids`` and ``attention_mask``, or of ``pixel_values``; with ``labels`` and ``task_ids``."""
+        """A batch: ``input_ids`` and ``attention_mask``, or ``pixel_values``; with ``labels`` and ``task_ids``."""
         inputs = [row["inputs"] for row in rows]
         made = self.texts(inputs) if self.images is None else {"pixel_values": self.images(inputs)}
         return made | {key: torch.tensor([row[key] for row in rows]) for key in _ABOUT}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from growthring.errors import ConfigError
 from growthring.guards.batches import evaluating
 
-from .classifier import StreamClassifier
+from .classifier import StreamClassifier, StreamHead
 from .encoders import base_of, text_features
 
 __all__ = ["ClassPrompts", "DualClassifier", "class_prompts"]
@@ -34,7 +34,7 @@ def class_prompts(template: str, texts: Sequence[str]) -> list[str]:
     return [template.replace("{}", text) for text in texts]
 
 
-class ClassPrompts(nn.Module):
+class ClassPrompts(StreamHead):
     """The prompts of all classes, as token ids; the weights that read them are the encoder's.
 
     Args:
@@ -45,9 +45,6 @@ class ClassPrompts(nn.Module):
     def __init__(self, tokens: Sequence[Sequence[int]], template: str) -> None:
         super().__init__()
         self.tokens, self.template = [list(t) for t in tokens], template
-
-    def begin(self, classes: Sequence[int]) -> None:
-        """Nothing to do: a new class is a new prompt, and that stands there already."""
 
 
 class DualClassifier(StreamClassifier):
@@ -86,7 +83,7 @@ class DualClassifier(StreamClassifier):
         if tasks is not None:
             classes = self.allowed[tasks.unique()].any(0).nonzero().flatten().tolist()
         scores = F.normalize(features, dim=-1) @ self.text_vectors(classes, fresh=tasks is not None).T
-        scores = scores * base_of(self.encoder).logit_scale.exp().to(scores.dtype)  # type: ignore[operator,union-attr]
+        scores = scores * base_of(self.encoder).logit_scale.exp().to(scores.dtype)  # type: ignore[operator]
         if len(classes) == len(self.head.tokens):
             return scores
         every = scores.new_full((len(scores), len(self.head.tokens)), float("-inf"))
@@ -134,7 +131,7 @@ class DualClassifier(StreamClassifier):
 
     def _text_parameters(self) -> list[nn.Parameter]:
         base = base_of(self.encoder)
-        return [*base.text_model.parameters(), *base.text_projection.parameters()]  # type: ignore[union-attr,operator]
+        return [*base.text_model.parameters(), *base.text_projection.parameters()]  # type: ignore[union-attr]
 
     def _state(self, parameters: Sequence[nn.Parameter]) -> object:
         """Whatever the text vectors depend on: weights (by place and version) and which adapters are at work."""

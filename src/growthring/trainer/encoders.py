@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 from growthring.errors import ConfigError
 
-__all__ = ["SUPPORTED", "EncoderKind", "base_of", "hidden_states", "image_features", "kind_of", "position_settings", "text_features"]
+__all__ = [
+    "SUPPORTED",
+    "EncoderKind",
+    "base_of",
+    "hidden_states",
+    "image_features",
+    "kind_of",
+    "position_settings",
+    "text_features",
+]
 
 EncoderKind = Literal["text", "image", "dual"]
 
@@ -122,9 +132,9 @@ def position_settings(tower: nn.Module, pixel_values: Tensor) -> dict[str, bool]
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
     if sides == tuple(pixel_values.shape[-2:]):
         return {}
-    return {"interpolate_pos_encoding": True} if _can_interpolate(type(tower)) else {}
+    return {"interpolate_pos_encoding": True} if _can_interpolate(type(tower).forward) else {}
 
 
 @functools.cache
-def _can_interpolate(tower: type[nn.Module]) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+def _can_interpolate(forward: Callable[..., Any]) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(forward).parameters

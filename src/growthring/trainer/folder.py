@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from growthring.errors import ConfigError
-from growthring.guards import Guard
+from growthring.guards import Guard, InfLoRA, OLoRA, merge_branches
 from growthring.streams import TaskStream
 
 from .classifier import StreamClassifier
@@ -39,7 +41,21 @@ _ARGUMENTS = (
     "bf16",
     "fp16",
 )
-_ADAPTER = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
+_ADAPTER = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "feedforward_modules",
+    "num_virtual_tokens",
+    "num_tokens",
+    "tower",
+    "placement",
+    "mode",
+    "activation",
+    "scaling",
+)
 
 
 def check_folder(folder: Path | None, source: Path | None) -> None:
@@ -124,7 +140,14 @@ def save_model(
     Beside an encoder stand its tokenizer and its ``preprocessor_config.json``, as far as it has them.
     """
     if isinstance(model.encoder, PeftModel):
-        model.encoder.save_pretrained(str(folder / "adapter"))
+        encoder = model.encoder
+        if any(isinstance(guard, InfLoRA | OLoRA) for guard in guards):
+            encoder = copy.deepcopy(encoder)
+            merge_branches(encoder)  # one stock LoRA in place of a branch for every task
+        with warnings.catch_warnings():
+            # PEFT before 0.19 looks for the base model's config, to see whether its vocabulary was changed
+            warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
+            encoder.save_pretrained(str(folder / "adapter"))
     elif isinstance(model.encoder, PreTrainedModel):
         model.encoder.save_pretrained(str(folder / "model"))
         if tokenizer is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -103,7 +103,7 @@ def usable_length(encoder: nn.Module, tokenizer: Any, asked: int, adapter: PeftC
     if isinstance(encoder, PeftModel):
         adapter = encoder.active_peft_config
     config = base_of(encoder).config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator,union-attr]
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int):
         positions -= getattr(adapter, "num_virtual_tokens", None) or 0
@@ -127,8 +127,8 @@ def adapt(encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
         The encoder, wrapped where ``adapter`` is a PEFT config.
 
     Raises:
-        ConfigError: If there is an adapter already, a name is unknown, the rank is larger than the width, or PEFT's
-            prompt learning is to adapt what is no text encoder.
+        ConfigError: If there is an adapter already, a name is unknown, no layer is found to adapt, the rank is larger
+            than the width, or PEFT's prompt learning is to adapt what is no text encoder.
     """
     if not isinstance(adapter, PeftConfig):
         if adapter is not None:
@@ -140,7 +140,7 @@ def adapt(encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
     if isinstance(rank, int) and 0 < width < rank:
         raise ConfigError(f"adapter rank {rank} is larger than the model's width {width}; choose r <= {width}")
     adapter = copy.deepcopy(adapter)
-    if adapter.is_prompt_learning:
+    if isinstance(adapter, PromptLearningConfig):
         _for_features(encoder, adapter)
     _exclude_pooler(encoder, adapter)
     kinds = {type(m) for m in encoder.modules()}
@@ -149,7 +149,18 @@ def adapt(encoder: nn.Module, adapter: PeftConfig | str | None) -> nn.Module:
     with warnings.catch_warnings():
         # peft asks transformers for this property under its old name; nothing a user of ours could change
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-        return get_peft_model(encoder, adapter)
+        try:
+            return get_peft_model(encoder, adapter)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            if "target modules" not in str(error).lower():
+                raise
+            layers = {n.split(".")[-1] for n, m in encoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            raise ConfigError(
+                f"the adapter finds no layer in {type(encoder).__name__}: {str(error).splitlines()[0]} Linear layers "
+                f"of this model are named {', '.join(sorted(layers))}"
+            ) from error
 
 
 def freeze_all_but(encoder: nn.Module, part: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -9,7 +10,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "check_arguments",
     "check_changed",
     "explain",
+    "frozen",
     "merge_weight",
     "task_arguments",
 ]
@@ -96,6 +98,7 @@ class Budget:
             self._given = {index: share + (index < rest) for index in range(len(stream))}
         self.by_task = {stream[i].name: count for i, count in sorted(self._given.items())}
         """Steps given for single tasks."""
+        self._online = stream.online
         if stream.online:
             self._check_one_pass(stream)
 
@@ -107,8 +110,14 @@ class Budget:
             rows: Training examples of each.
         """
         if not any(i in self._given for i in members):
-            return self._args.max_steps * len(members) if self._args.max_steps > 0 else -1
-        return sum(self._given.get(i, self._default(n)) for i, n in zip(members, rows, strict=True))
+            steps = self._args.max_steps * len(members)
+            return self._capped(steps, members, rows) if steps > 0 else -1
+        total = sum(self._given.get(i, self._default(n)) for i, n in zip(members, rows, strict=True))
+        return self._capped(total, members, rows)
+
+    def _capped(self, steps: int, members: Sequence[int], rows: Sequence[int]) -> int:
+        """Several tasks at once have fewer incomplete batches: an online stream is not begun again to fill them up."""
+        return min(steps, self._passes(sum(rows), 1)) if self._online and len(members) > 1 else steps
 
     def planned(self, max_steps: int, rows: int) -> int:
         """Optimizer steps that a training of ``rows`` examples takes."""
@@ -243,7 +252,8 @@ def merge_weight(guards: Sequence[Guard]) -> float:
     weights = [(guard.name, getattr(guard, "merge", 0.0)) for guard in guards]
     found = [(name, float(weight)) for name, weight in weights if isinstance(weight, int | float) and weight > 0]
     if len(found) > 1:
-        raise ConfigError(f"the guards {', '.join(name for name, _ in found)} all have merge > 0; one of them can merge")
+        names = ", ".join(name for name, _ in found)
+        raise ConfigError(f"the guards {names} all have merge > 0; one of them can merge")
     return found[0][1] if found else 0.0
 
 
@@ -256,6 +266,19 @@ def explain(model: nn.Module, guards: Sequence[Guard]) -> list[dict[str, Any]]:
             fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(plan).items()}
             rows.append({"guard": guard.name, **fields})
     return rows
+
+
+@contextlib.contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, these parameters do not train."""
+    chosen = list(parameters)
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

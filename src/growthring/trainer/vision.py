@@ -110,7 +110,8 @@ class ImagePreprocessor:
     def to_dict(self) -> dict[str, Any]:
         """The same in the form of a ``preprocessor_config.json``."""
         height, width = self.crop  # type: ignore[misc]
-        side = {"shortest_edge": self.size} if isinstance(self.size, int) else dict(zip(("height", "width"), self.size))
+        one = isinstance(self.size, int)
+        side = {"shortest_edge": self.size} if one else {"height": self.size[0], "width": self.size[1]}  # type: ignore[index]
         return {
             "do_convert_rgb": True,
             "do_resize": True,
@@ -218,15 +219,15 @@ def _settings(folder: Path | None, given: Any) -> dict[str, Any]:
         return dict(json.loads((folder / _FILE).read_text(encoding="utf-8")))
     where = f"the folder {str(folder)!r} holds no {_FILE}" if folder else "the model does not say how images are made"
     raise ConfigError(
-        f"{where}; give image_processor={{'image_mean': [...], 'image_std': [...]}} with the values that the model was "
-        "trained with"
+        f"{where}; give image_processor={{'image_mean': [...], 'image_std': [...]}} with the values that the model "
+        "was trained with"
     )
 
 
 def _three(values: Any, default: float) -> tuple[float, float, float]:
     if isinstance(values, int | float):
         values = [values] * 3
-    return tuple(values) if values is not None else (default,) * 3  # type: ignore[return-value]
+    return tuple(values) if values is not None else (default,) * 3
 
 
 def _channels_first(image: Any) -> Tensor:

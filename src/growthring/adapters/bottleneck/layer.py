@@ -116,7 +116,13 @@ class BottleneckLayer(WrappingLayer):
         def change(h: Tensor) -> Tensor:
             total = h
             for name in active:
-                z = h if self.adapter_mode[name] == "sequential" else kept.get(self.adapter_source.get(name, ""), x)
+                source = self.adapter_source.get(name)
+                if source is not None and source not in kept:
+                    raise ConfigError(
+                        f"{self.name}: its adapter reads the input of {source}, which did not run before it; is that "
+                        "module replaced (modules_to_save, a copied block)? Name target_modules in place of placement"
+                    )
+                z = h if self.adapter_mode[name] == "sequential" else x if source is None else kept[source]
                 total = total + self._increment(name, z).to(h.dtype)
             return total
 
