@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from growthring.streams import demo_encoder_path
 from growthring.trainer import ImagePreprocessor, align_projections
@@ -48,11 +48,13 @@ def pairs(folder: Path, count: int, skip: int = 0) -> tuple[list[torch.Tensor], 
 
 def assemble(vit: Path, text: Path, blocks: int | None) -> VisionTextDualEncoderModel:
     """Two pretrained towers, and projections that know nothing yet."""
-    vision, words = AutoModel.from_pretrained(vit), AutoModel.from_pretrained(text)
+    settings = AutoConfig.from_pretrained(vit)
     if blocks is not None:
-        layers = vision.encoder.layer if hasattr(vision, "encoder") else vision.layers
-        del layers[blocks:]
-        vision.config.num_hidden_layers = len(layers)
+        # names of stages are derived from the number of blocks: made anew
+        derived = ("stage_names", "out_features", "out_indices", "num_hidden_layers")
+        kept = {key: value for key, value in settings.to_dict().items() if key.strip("_") not in derived}
+        settings = type(settings)(**kept, num_hidden_layers=blocks)
+    vision, words = AutoModel.from_pretrained(vit, config=settings), AutoModel.from_pretrained(text)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
         vision.config, words.config, projection_dim=PROJECTION
     )

@@ -246,6 +246,19 @@ def test_names_do_not_matter(parallel):
     assert found.stacks[0].token_embedding == "table"
 
 
+def test_attention_without_a_residual_is_no_part_of_the_mlp():
+    class Plain(Gamma):
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.down, self.value, self.fc2))
+            x = self.up(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return self.query(torch.tanh(self.q_proj(self.n2(x))))
+
+    model = Odd()
+    model.layers = nn.ModuleList([Plain(False)])
+    block = map_modules(model).blocks[0]
+    assert [(mlp.up, mlp.down) for mlp in block.mlps] == [(("layers.0.q_proj",), "layers.0.query")]
+
+
 def test_one_block_is_enough():
     assert len(map_modules(Odd(depth=1)).blocks) == 1
 

@@ -58,7 +58,7 @@ def make_encoder(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, image_world: Path) -> Path:
-    """A folder with ``my-encoder/``, ``my-vit/``, ``my-clip/``, ``data/`` and ``images/``, as the pages describe it."""
+    """A folder with ``my-encoder/``, ``my-vit/``, ``my-clip/``, ``data/``, ``images/``, as the pages describe it."""
     root = tmp_path_factory.mktemp("page")
     shutil.copytree(image_world, root, dirs_exist_ok=True)
     make_encoder(root / "my-encoder")

@@ -110,7 +110,7 @@ def test_every_example_runs(page: Path, folder: Path) -> None:
             elif block.language == "python":
                 padding = "\n" * (block.line - 1)  # so that a traceback shows the line of the page
                 exec(compile(padding + block.text, str(page), "exec", dont_inherit=True), names)
-            elif block.language == "bash" and page.stem in ("tutorial-cli", "tutorial-images"):
+            elif block.language == "bash" and page.stem in ("tutorial-cli", "tutorial-images", "scenarios"):
                 for line in block.text.splitlines():
                     words = shlex.split(line, comments=True)[1:]
                     # the first block is an overview, before the files that it names

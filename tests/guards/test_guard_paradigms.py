@@ -257,6 +257,20 @@ def test_scales_of_features_that_were_there_stay_exactly(optimizer: str, dtype: 
     assert torch.equal(answer(model, old), before)  # not a bit
 
 
+def test_a_scale_of_zero_is_held_like_any_other() -> None:
+    """What is scaled counts, not what is left of it."""
+    model, old = ia3_mlp(), half(3, 1)
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            model.base_model.model[index].ia3_l["default"].view(-1)[10:] = 0.0
+    guard, before = protected(model, old), answer(model, old)
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            model.base_model.model[index].ia3_l["default"].add_(1.0)
+    guard.after_step()
+    assert torch.equal(answer(model, old), before)
+
+
 def test_one_row_among_many_is_enough_to_hold_a_scale() -> None:
     """Scales are counted over every row; elsewhere a part of many rows is enough."""
     model, x = ia3_mlp(), half(20_000, 1)

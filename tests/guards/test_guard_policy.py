@@ -79,6 +79,7 @@ def test_full_old_features_freeze_the_weights_and_say_so(build, dtype: torch.dty
 
 def test_the_trainer_is_told_only_when_every_site_is_full() -> None:
     model = lora_mlp(r=4)
+    fit(model, rows(6, 20, 1), steps=1)  # B is no longer zero
     guard = PEGP(1.0)
     certificate = guard.consolidate(model, [rows(6, 20, 1)])  # B's four dimensions are full, A's are not
     assert {s.free for s in certificate.sites if s.kind == "lora_B"} == {0}

@@ -284,6 +284,40 @@ def test_norms_keep_it_to_first_order_and_the_papers_condition_not_even_that(mod
     assert drift[0] > 1e-9
 
 
+@pytest.mark.parametrize("kind", ["vit", "text"])
+def test_prompts_inside_the_sequence(kind: str) -> None:
+    """Behind the class token, or in place of words: what the model itself says of its first attention stays."""
+    if kind == "vit":
+        model = prompt_vit(tokens=12)
+        base, old, new, start = model.get_base_model(), images(1, 1), images(4, 2), 1
+        base.layers[0].layernorm_before = nn.Identity()
+    else:
+        config = PromptTokensConfig(
+            num_tokens=5, placement="replace", start=2, target_modules=["word_embeddings"], init_std=0.5
+        )
+        torch.manual_seed(1)
+        model = get_peft_model(bert(), config)
+        base, old, new, start = model.get_base_model(), tokens(1, 7, 1), tokens(4, 10, 2), 2
+        base.embeddings.LayerNorm = nn.Identity()
+    base.set_attn_implementation("eager")
+    (name,) = [n for n, p in model.named_parameters() if p.requires_grad]
+    slots = slice(start, start + len(model.get_parameter(name)))
+
+    def first() -> Tensor:
+        with torch.no_grad():
+            weights = model.eval()(**old, output_attentions=True)["attentions"][0]
+        return torch.cat([weights[:, :, : slots.start], weights[:, :, slots.stop :]], 2)
+
+    fit(model, old, steps=5)
+    guard, before, anchor = protected(model, old), first(), model.get_parameter(name).detach().clone()
+    fit(model, new, guard, steps=40)
+    step = model.get_parameter(name).detach() - anchor
+    assert float(step.norm()) > 0.1
+    assert float((first() - before).abs().max()) < 1e-6
+    assert float((before[..., slots] @ step).abs().max()) < 1e-6
+    assert guard.end_task(None, [old]).kept
+
+
 def test_outputs_behind_the_first_layer_drift_and_the_certificate_measures_it() -> None:
     model, old = prompt(tokens=5), tokens(1, 2, 1)
     fit(model, old, steps=5)

@@ -75,7 +75,10 @@ class Trace:
 
     Attributes:
         model: The model.
-        inside: Names of modules whose linear layers forget what they read.
+        linears: Uses of linear layers in order.
+        attentions: Attentions in order; without ``value`` where two products had no softmax between them.
+        modules: Uses of other modules in the order in which they ended.
+        norms: Names of normalisation layers in order.
     """
 
     model: nn.Module
@@ -145,7 +148,7 @@ class Trace:
                 number = self._numbers.setdefault(inputs[0], next(self._count))
                 self.linears.append(LinearCall(name, number, marks))
                 self._outputs.append((name, first))
-                kept = frozenset() if _listed(self.model, name) else frozenset(m for m in marks if m[0] == "input")
+                kept = frozenset() if _listed(name) else frozenset(m for m in marks if m[0] == "input")
                 self._set(first, kept | {("linear", name)})
             elif kind == "norm" and first is not None:
                 self.norms.append(name)
@@ -234,7 +237,7 @@ def _without_base(layer: nn.Module) -> set[nn.Module]:
     return {module for child in added.values() for module in child.modules()}
 
 
-def _listed(model: nn.Module, name: str) -> bool:
+def _listed(name: str) -> bool:
     """Whether a module lies in a list of modules, as repeated blocks do."""
     return any(part.isdigit() for part in name.split("."))
 

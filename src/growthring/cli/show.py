@@ -44,7 +44,8 @@ def methods(
             table.add_column(column, no_wrap=column == "method")
         for method in chosen:
             paper = f"arXiv {method.paper.arxiv}" if method.paper else "-"
-            table.add_row(Text(method.name, style="bold"), method.summary, paper, method.guard or "-")
+            first = method.summary.partition(". ")[0].rstrip(".")  # the table has room for one sentence
+            table.add_row(Text(method.name, style="bold"), f"{first}.", paper, method.guard or "-")
         console.print(table)
         console.print("\ngrowthring methods NAME says all about one.")
         return

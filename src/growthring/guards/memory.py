@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 EXACT_ABOVE = 0.999
 """Energies above this are collected by QR; Gram matrices of float32 products stop at 1e-7 of the top energy."""
+ROUNDING = 1e-10
+"""Share of energy that float32 may leave of what was projected out."""
 SKETCH_ABOVE = 4096
 """Features wider than this are sketched: a full moment would take more than 134 MB."""
 ROWS, ROWS_PER_DIM = 8192, 4
@@ -90,7 +93,13 @@ class FeatureMemory:
         return twin
 
     def grow(
-        self, collected: Collected, energy: Energy, index: int, like: Mapping[str, Tensor], leaks: Mapping[str, Leak]
+        self,
+        collected: Collected,
+        energy: Energy,
+        index: int,
+        like: Mapping[str, Tensor],
+        leaks: Mapping[str, Leak],
+        resting: Mapping[str, Site] = MappingProxyType({}),
     ) -> list[SiteCertificate]:
         """Protect what the collected features need; a group takes the highest threshold among its sites.
 
@@ -100,6 +109,8 @@ class FeatureMemory:
             index: Index of the task, for schedules.
             like: The model's parameters by name: a basis lives on its parameter's device, in float64 where that is.
             leaks: Measured leak by site, for the certificates.
+            resting: Factors ``A`` by the name of the factor ``B`` behind them, where ``B`` is still zero; see
+                :meth:`_settle`.
 
         Raises:
             GuardError: If no site saw any feature.
@@ -114,7 +125,9 @@ class FeatureMemory:
             target = _strictest(energy_for(energy, s.kind, index) for s in group)
             for name, members in self._by_space(group).items():
                 captured = 1.0
-                if moment.trace > 0.0:
+                if lead.name in resting and isinstance(target, float) and moment.trace > 0.0:
+                    captured = self._settle(lead, resting[lead.name], collected, target, like)
+                elif moment.trace > 0.0:
                     parameter = like[lead.parameter]
                     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
                     space = self.spaces.setdefault(name, Subspace(moment.dim, dtype=dtype, device=parameter.device))
@@ -137,6 +150,33 @@ class FeatureMemory:
                 )
             )
         return certificates
+
+    def _settle(
+        self, outer: Site, inner: Site, collected: Collected, target: float, like: Mapping[str, Tensor]
+    ) -> float:
+        """Move ``A`` out of what is protected of its inputs while ``B = 0``: no output changes, and ``B`` stays free.
+
+        Else ``A x`` would fill all of ``R^r`` at once, and ``B`` could never learn. With ``A (I - U U^T)`` in its
+        place, ``A x`` is what ``A`` makes of the unprotected share of ``x``; ``B`` needs protection only as far as
+        that is more than ``1 - target`` of the energy that ``A x`` had.
+
+        Returns:
+            The share of that energy that is gone or protected.
+        """
+        matrix = inner.view(like[inner.parameter].detach())
+        group = next(group for group in collected.groups if any(s.name == inner.name for s in group))
+        rows = collected.moments[group[0].name].factor().to(matrix.device)
+        before = float((rows @ matrix.double().mT).square().sum())
+        space = self.space(inner.name)
+        if space is not None:
+            space.reject_(matrix)
+        left = SecondMoment(outer.dim, form="root").update(rows @ matrix.double().mT)
+        dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        mine = self.spaces.setdefault(outer.name, Subspace(outer.dim, dtype=dtype, device=matrix.device))
+        if left.trace <= max(1.0 - target, ROUNDING) * before:
+            return 1.0 - left.trace / before if before else 1.0
+        share = mine.grow(left, energy=1.0 - (1.0 - target) * before / left.trace).energy
+        return 1.0 - (1.0 - share) * left.trace / before
 
     def _by_space(self, group: list[Site]) -> dict[str, list[Site]]:
         """The group's sites by the space that each has; new ones join the first, and what was apart stays apart."""

@@ -221,7 +221,10 @@ class PEGP(Guard):
             collected = collect(model, attached.sites, batches, self.samples, self._exact_sites(index), self._probes)
             before = self._memory.copy() if self.energy == "auto" else None
             energy: Energy = self.candidates[0] if self.energy == "auto" else self.energy
-            sites = self._memory.grow(collected, energy, index, attached.parameters, leaks)
+            resting = attached.resting(self._memory) if before is None else {}
+            sites = self._memory.grow(collected, energy, index, attached.parameters, leaks, resting)
+        if resting:
+            notes.append(f"{len(resting)} factors B are zero still: their A was moved to read nothing protected")
         if before is not None:
             self._pending = (before, collected)
             notes.append("energy='auto' is not chosen yet: these ranks are those of the most protective candidate")
@@ -296,11 +299,7 @@ class PEGP(Guard):
         return self.energy
 
     def callback(self, *, loss_added: bool = False) -> GuardCallback:
-        """As every guard's.
-
-        Raises:
-            GuardError: With ``merge`` above 0 for a plain Trainer, which trains no second copy.
-        """
+        """As every guard's; refused for a plain Trainer with ``merge`` above 0, as it trains no second copy."""
         if self.merge and not loss_added:
             raise GuardError(
                 f"PEGP(merge={self.merge}) trains every task twice: use gr.ContinualTrainer, not a plain Trainer"

@@ -64,7 +64,8 @@ class Survey:
         training = [s for s in self.sites if all(self.parameters[n].requires_grad for n in s.tensors)]
         guarded = [(s, u) for s in training if (u := memory.space(s.name)) is not None and u.rank]
         kept = {n for s, _ in guarded for n in s.tensors}
-        bare = dict.fromkeys(n for s in training for n in s.tensors if n not in kept)
+        unseen = (s for s in training if memory.space(s.name) is None)
+        bare = dict.fromkeys(n for s in unseen for n in s.tensors if n not in kept)
         return guarded, [n for n in (*self.loose(), *bare) if n in known]
 
     def seen(self, memory: FeatureMemory, known: Collection[str]) -> marks.Seen:
@@ -75,6 +76,17 @@ class Survey:
         return {s.name: (s.read(training).detach(), memory.space(s.name)) for s in sites} | {
             n: (training[n], None) for n in loose
         }
+
+    def resting(self, memory: FeatureMemory) -> dict[str, Site]:
+        """Factors ``A`` by the name of the ``B`` behind them, where ``B`` is zero and nothing protects it yet."""
+        inner = {s.module: s for s in self.sites if s.kind == "lora_A" and self.parameters[s.parameter].requires_grad}
+        found = {}
+        for site in self.sites:
+            new = site.kind == "lora_B" and memory.space(site.name) is None
+            other = inner.get(site.module.replace("lora_B.", "lora_A.")) if new else None
+            if other is not None and not bool(self.parameters[site.parameter].any()):
+                found[site.name] = other
+        return found
 
     def _check_trainable(self, kinds: Collection[str] | None) -> None:
         trainable = [n for n, p in self.parameters.items() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from growthring.errors import ConfigError, nearest
@@ -21,8 +22,8 @@ __all__ = ["make_adapter", "make_guards"]
 def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.Module) -> PeftConfig | str:
     """What the method trains of this encoder.
 
-    Prefixes and prompts of text encoders and decoders are PEFT's own; those of image encoders and of the towers of
-    dual encoders are :mod:`growthring.adapters`'.
+    Prefixes and prompts of text encoders and decoders are PEFT's own, where the model takes them; those of image
+    encoders and of the towers of dual encoders are :mod:`growthring.adapters`'.
 
     Args:
         method: The method.
@@ -81,11 +82,11 @@ def make_guards(method: Method, settings: GuardSettings | None) -> list[Guard]:
 
 
 def _tokens(method: Method, settings: AdapterSettings, encoder: nn.Module, reads: str) -> PeftConfig:
-    if reads == "text":
+    if reads == "text" and (method.adapter == "prompt" or _takes_a_cache(encoder)):
         from peft import PrefixTuningConfig, PromptTuningConfig
 
         kind = PrefixTuningConfig if method.adapter == "prefix" else PromptTuningConfig
-        return kind(task_type="FEATURE_EXTRACTION", num_virtual_tokens=settings.tokens)
+        return kind(task_type="FEATURE_EXTRACTION", num_virtual_tokens=settings.tokens, **_sizes(encoder))
     from growthring.adapters import PrefixTokensConfig, PromptTokensConfig
 
     if reads == "dual" and settings.tower is None:
@@ -95,6 +96,23 @@ def _tokens(method: Method, settings: AdapterSettings, encoder: nn.Module, reads
         )
     own: Any = PrefixTokensConfig if method.adapter == "prefix" else PromptTokensConfig
     return own(num_tokens=settings.tokens, tower=settings.tower)
+
+
+def _takes_a_cache(encoder: nn.Module) -> bool:
+    """Whether PEFT can hand the prefix over as keys and values of earlier tokens."""
+    return "past_key_values" in inspect.signature(encoder.forward).parameters
+
+
+def _sizes(encoder: nn.Module) -> dict[str, int]:
+    """Sizes that PEFT does not find by itself where a model's config calls them otherwise, as DistilBERT's does."""
+    config: Any = encoder.config
+    if config.to_dict().keys() & {"hidden_size", "n_embd", "d_model"}:
+        return {}
+    return {
+        "token_dim": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+    }
 
 
 def _targets(settings: AdapterSettings, encoder: nn.Module) -> str | list[str]:

@@ -230,8 +230,8 @@ def _family() -> Iterator[Method]:
         title="GPM (updates projected)",
         summary="Every linear weight, with GPM's memory: its energy of 0.97 that rises by 0.003 a task. Unlike the "
         "published code, the update is projected and not the gradient alone, so any optimizer is exact and not only "
-        "SGD; the smallest basis that reaches the energy is kept, where that code keeps one direction fewer; and "
-        "biases never train, where it trains them in the first task.",
+        "SGD; the smallest basis that reaches the energy is kept, where that code keeps one direction fewer at first; "
+        "and biases never train, where it trains them in the first task.",
         adapter="linear",
         guard="pegp",
         paper=_GPM,

@@ -39,9 +39,11 @@ def align_projections(
 ) -> list[float]:
     """Train the two projections of a dual encoder, its poolers where it has them, and its temperature.
 
-    The towers stay as they are: every image and every caption goes through them once, so this takes little more than
-    one forward pass over the data. The loss is CLIP's (Radford et al., arXiv 2103.00020), the mean of the
-    cross-entropies from images to captions and back; pairs of one batch with the same caption all count as right.
+    For where no pretrained CLIP can be had: the outcome knows what its few pairs show and nothing else, and is no
+    replacement for one. The towers stay as they are: every image and every caption goes through them once, so this
+    takes little more than one forward pass over the data. The loss is CLIP's (Radford et al., arXiv 2103.00020), the
+    mean of the cross-entropies from images to captions and back; pairs of one batch with the same caption all count as
+    right.
 
     Args:
         model: A ``VisionTextDualEncoderModel`` or ``CLIPModel``; changed in place, left in evaluation mode.

@@ -291,7 +291,7 @@ def blend(parameters: Mapping[str, Tensor], guarded: Mapping[str, Tensor], weigh
 def check_changed(
     changed: Iterable[str], trained: Iterable[str], guards: Sequence[Guard], name: str, steps: int
 ) -> None:
-    """Warn if a task changed nothing because a guard left nothing free; refuse it if there is no such reason.
+    """Warn if a task changed nothing because guards left it nothing to move; refuse it if there is no such reason.
 
     Raises:
         GuardError: If no weight changed.
@@ -301,6 +301,13 @@ def check_changed(
         return
     if any(callable(e := getattr(g, "exhausted", None)) and e() for g in guards):
         logger.warning("task %r changed nothing: no free direction is left", name)
+    elif any(getattr(g, "tasks", ()) for g in guards):
+        logger.warning(
+            "task %r changed nothing%s: what its inputs use lies within what the guards protect. Lower the energy, "
+            "widen the adapter (a larger rank), or adapt more layers",
+            name,
+            " but the head" if changed else "",
+        )
     elif changed:
         logger.warning("task %r changed the head and nothing in the encoder, although parts of it train", name)
     else:
