@@ -43,9 +43,7 @@ def test_without_moving_a_nothing_could_be_learned(monkeypatch: pytest.MonkeyPat
     guard.begin_task()
     start = copy.deepcopy(model)
     fit(model, rows(6, 20, 2), guard, steps=20)
-    assert all(
-        torch.equal(a, b) for a, b in zip(answer(model, rows(6, 20, 2)), answer(start, rows(6, 20, 2)), strict=True)
-    )
+    assert torch.equal(answer(model, rows(6, 20, 2)), answer(start, rows(6, 20, 2)))
 
 
 @pytest.mark.parametrize("energy", [{"lora_A": 0.9, "lora_B": 0.99}, {"lora_A": 0.99, "lora_B": 0.9}, 0.7])

@@ -279,7 +279,8 @@ def test_a_state_taken_between_tasks_ends_the_one_under_way() -> None:
     guard.load_state_dict(state)
     with pytest.raises(GuardError, match="outside a task"):
         guard.before_step()
-    assert guard._survey is not None and model is guard._survey.model
+    assert guard._survey is not None
+    assert model is guard._survey.model
 
 
 def test_states_that_need_the_model() -> None:
