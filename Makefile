@@ -39,6 +39,7 @@ bench: $(VENV)/.base
 	$(BIN)/python benchmarks/subspace_kernels.py
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/pegp_overhead.py
+	$(BIN)/python benchmarks/pegp_drift.py
 
 bench-quality: $(VENV)/.base
 	$(BIN)/python benchmarks/demo_sweep.py

@@ -1,4 +1,4 @@
-"""Tables of ``pegp_quality.py`` and ``pegp_overhead.py``."""
+"""Tables of ``pegp_quality.py``, ``pegp_overhead.py`` and ``pegp_drift.py``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from _words import NONE, Json, Stored, energy_words, grid, not_yet, origin, seed
 
 QUALITY = ("pegp_quality.jsonl", "python benchmarks/pegp_quality.py")
 OVERHEAD = ("pegp_overhead.json", "python benchmarks/pegp_overhead.py")
+DRIFT = ("pegp_drift.json", "python benchmarks/pegp_drift.py")
 STREAMS: Mapping[str, str] = {
     "clinc": "CLINC, class-incremental",
     "reviews": "reviews, domain-incremental",
@@ -176,6 +177,28 @@ def overhead(stored: Stored) -> str:
     return f"{grid(head, body, 2)}\n\n{origin(OVERHEAD, data['machine'], more)}"
 
 
+def drift(stored: Stored) -> str:
+    """How far sentence vectors of an earlier task move, for each kind of adapter and guard."""
+    data = stored.get(DRIFT[0])
+    if data is None:
+        return not_yet(DRIFT)
+    body = [
+        [
+            r["adapter"],
+            r["guard"],
+            f"{r['drift']:.1e}",
+            f"{r['cosine']:.4f}",
+            f"{r['loss']:.3f}",
+            NONE if r["leak"] is None else f"{r['leak']:.0e}",
+            NONE if r["protected_share"] is None else f"{100 * r['protected_share']:.0f}",
+        ]
+        for r in data["rows"]
+    ]
+    head = ("adapter", "guard", "drift", "cosine to before", "loss of the new task", "leak", "protected, %")
+    more = f"{data['steps']} steps of AdamW, weight decay 0.1. "
+    return f"{grid(head, body, 2)}\n\n{origin(DRIFT, data['machine'], more)}"
+
+
 def pegp_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]:
     """Rows for the page of claims."""
     runs = finals(stored)
@@ -190,6 +213,9 @@ def pegp_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]
     searched = sum(line["phase"] == "search" for line in stored.lines(QUALITY[0]))
     steps = (stored.get(OVERHEAD[0]) or {}).get("rows", [])
     strict = [r["step_overhead"] for r in steps if r["mode"] == "strict"]
+    drifts = (stored.get(DRIFT[0]) or {}).get("rows", [])
+    moved = {r["guard"]: r["drift"] for r in drifts if r["adapter"] == "Prefix"}
+    least = min((moved[g] for g in moved if g.startswith("strict")), default=None)
     return [
         (
             "Strict PEGP keeps its promise for LoRA, adapters, prefixes and prompts",
@@ -207,6 +233,14 @@ def pegp_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]
             OVERHEAD,
             f"worst {100 * max(strict):.1f} %" if strict else None,
         ),
+        (
+            "The paper's condition for prefixes does not keep old outputs; the strict one can",
+            DRIFT,
+            f"{moved['paper, energy 0.9']:.2f} against {moved['strict, energy 0.9']:.2f} at energy 0.9, "
+            f"{least:.2f} at best; unguarded {moved['unguarded']:.2f}"
+            if moved
+            else None,
+        ),
     ]
 
 
@@ -214,4 +248,5 @@ PEGP_TABLES: dict[str, Callable[[Stored], str]] = {
     "pegp-quality": quality,
     **{f"pegp-{name}": functools.partial(one_stream, name=name) for name in STREAMS},
     "pegp-overhead": overhead,
+    "pegp-drift": drift,
 }

@@ -122,6 +122,22 @@ def stored() -> dict[str, Any]:
             "rows": [step, {**step, "adapter": "linear", "batch_tokens": 1024}],
         },
         "pegp_quality.jsonl": quality(),
+        "pegp_drift.json": {
+            "machine": MACHINE,
+            "steps": 200,
+            "rows": [
+                {
+                    "adapter": "Prefix",
+                    "guard": guard,
+                    "drift": moved,
+                    "cosine": 1 - moved / 2,
+                    "loss": 0.5,
+                    "leak": None if guard == "unguarded" else 2e-7,
+                    "protected_share": None if guard == "unguarded" else 0.4,
+                }
+                for guard, moved in (("unguarded", 0.4), ("paper, energy 0.9", 0.3), ("strict, energy 0.9", 0.05))
+            ],
+        },
         "pegp_overhead.json": {
             "machine": MACHINE,
             "energy": 0.95,
@@ -232,6 +248,17 @@ def test_pegp_stream(tables: ModuleType, repository: Path) -> None:
     assert "not measured yet" in tables.TABLES["pegp-reviews"](tables.Stored(repository)), "a failed run is no result"
 
 
+def test_pegp_drift(tables: ModuleType, repository: Path) -> None:
+    stored = tables.Stored(repository)
+    lines = tables.TABLES["pegp-drift"](stored).splitlines()
+    assert lines[2:5] == [
+        "| Prefix | unguarded | 4.0e-01 | 0.8000 | 0.500 |  |  |",
+        "| Prefix | paper, energy 0.9 | 3.0e-01 | 0.8500 | 0.500 | 2e-07 | 40 |",
+        "| Prefix | strict, energy 0.9 | 5.0e-02 | 0.9750 | 0.500 | 2e-07 | 40 |",
+    ]
+    assert "0.30 against 0.05 at energy 0.9, 0.05 at best; unguarded 0.40" in tables.claims(stored)
+
+
 def test_pegp_table_says_when_seeds_are_missing(tables: ModuleType, repository: Path) -> None:
     path = repository / "benchmarks" / "results" / "pegp_quality.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -251,6 +278,7 @@ def test_pegp_table_says_when_seeds_are_missing(tables: ModuleType, repository: 
         "step_overhead.json",
         "pegp_quality.jsonl",
         "pegp_overhead.json",
+        "pegp_drift.json",
     ],
 )
 def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:

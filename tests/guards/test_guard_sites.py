@@ -22,7 +22,7 @@ from guard_helpers import (
     rows,
     tokens,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -146,6 +146,20 @@ def test_padding_does_not_enter_the_memory() -> None:
         guard.consolidate(model, [batch])
     name = "base_model.model.encoder.layer.1.attention.self.query.lora_A.default.weight"
     assert guards[1]._memory.space(name).rank == 8
+    torch.testing.assert_close(*(projector(g, name) for g in guards), rtol=0, atol=1e-4)
+
+
+def test_padding_behind_a_prompt_does_not_enter_the_memory() -> None:
+    config = PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    model = get_peft_model(bert(), config)
+    name = "base_model.encoder.layer.1.attention.self.query.weight"
+    model.get_parameter(name).requires_grad_(True)
+    short = tokens(2, 4, 1)
+    padded = {k: F.pad(v, (0, 5)) for k, v in short.items()}
+    guards = [PEGP(1.0, kinds=["linear"]), PEGP(1.0, kinds=["linear"])]
+    for guard, batch in zip(guards, (short, padded), strict=True):
+        guard.consolidate(model, [batch])
+    assert guards[1]._memory.space(name).rank == 2 * (2 + 4)
     torch.testing.assert_close(*(projector(g, name) for g in guards), rtol=0, atol=1e-4)
 
 

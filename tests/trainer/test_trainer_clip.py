@@ -219,9 +219,10 @@ def test_the_reference_is_kept_exactly_by_a_strict_guard():
     assert scores["free"] > 1e-3
 
 
-def test_the_reference_is_scored_right():
-    trainer = train(tiny_clip(), image_stream(reference=reference_task()))
+def test_the_reference_is_scored_right(tmp_path):
+    trainer = train(tiny_clip(), image_stream(reference=reference_task()), output_dir=tmp_path / "run")
     result = trainer.fit()
+    assert load_file(tmp_path / "run" / "head.safetensors")["vectors"].shape[0] == len(trainer.stream.classes)
     data = trainer._reference._splits["test"]
     with evaluating(trainer.model):
         logits = trainer.model(pixel_values=trainer._collate([data[i] for i in range(len(data))])["pixel_values"])

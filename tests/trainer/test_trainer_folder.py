@@ -208,6 +208,16 @@ def test_a_run_folder_holds_nothing_else(build, tmp_path):
     assert found == {"results.json", "log.jsonl", "adapter", "memory", "head.json", "head.safetensors"}
 
 
+def test_what_was_measured_outlives_weights_that_cannot_be_written(build, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(continual, "save_model", full)
+    with pytest.raises(OSError, match="no space"):
+        build(output_dir=tmp_path / "run").fit()
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]) == 3
+
+
 def test_without_a_folder_nothing_is_written(build, tmp_path):
     """Not even the folder that TrainingArguments name; the current folder is checked after every test."""
     before = {p.name for p in tmp_path.iterdir()}

@@ -124,6 +124,9 @@ def test_more_than_one_pass_is_refused(build):
     ):
         with pytest.raises(ConfigError, match=r"online-class: each training row is seen once.* num_train_epochs=1"):
             build(online(), **settings)
+    for settings in ({"energy": "auto"}, {"merge": 0.5}):
+        with pytest.raises(ConfigError, match=rf"online-class: .* seen once, and {next(iter(settings))}\b.*scenario"):
+            build(online(), args={"max_steps": 4}, guards=[gr.PEGP(**settings)])
     build(online(), args={"max_steps": 4})  # 29 rows in batches of 8
     build(stream_of(2, "class"), args={"max_steps": 5})
 

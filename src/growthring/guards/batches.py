@@ -21,6 +21,7 @@ __all__ = [
     "masks_apply",
     "output_of",
     "relative_change",
+    "rows_in_front",
     "run_model",
     "size_of",
 ]
@@ -98,9 +99,16 @@ def answer_of(model: nn.Module, batch: Any) -> Tensor | None:
     answer = output_of(run_model(model, batch))
     if answer is None or answer.ndim != 3 or not isinstance(model, PeftModel):
         return answer
-    config = model.active_peft_config
-    prompt = config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
-    return answer[:, config.num_virtual_tokens :] if prompt else answer
+    return answer[:, rows_in_front(model) :]
+
+
+def rows_in_front(model: nn.Module) -> int:
+    """Number of rows that PEFT's prompt tuning puts in front of the tokens; 0 without any."""
+    for module in model.modules():
+        config = module.active_peft_config if isinstance(module, PeftModel) else None
+        if config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
+            return int(config.num_virtual_tokens)
+    return 0
 
 
 def masks_apply(model: nn.Module) -> bool:
@@ -121,11 +129,16 @@ def mask_of(batch: Any) -> Tensor | None:
     return None if images else mask
 
 
-def mask_for(features: Tensor, batch: Any) -> Tensor | None:
-    """The batch's attention mask when it has one element for every feature row."""
+def mask_for(features: Tensor, batch: Any, front: int = 0) -> Tensor | None:
+    """The batch's attention mask when it has one element for every feature row.
+
+    Rows of learned prompts, ``front`` in front of the tokens, all count.
+    """
     mask = mask_of(batch)
     if mask is None:
         return None
+    if front and features.ndim == 3 and features.shape[:-1] == (mask.shape[0], front + mask.shape[1]):
+        return torch.cat([mask.new_ones(mask.shape[0], front), mask], dim=1)
     if features.shape[:-1] == mask.shape or (
         features.ndim == 2 and features.shape[0] == mask.numel() != mask.shape[0]
     ):

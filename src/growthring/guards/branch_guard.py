@@ -16,11 +16,10 @@ from growthring.errors import ConfigError, DataError, GuardError
 from . import storage
 from .base import Certificate, Guard
 from .branches import Branches
-from .plan import TensorPlan, Treatment
+from .plan import HOLE, TensorPlan, Treatment
 
 __all__ = ["BranchGuard"]
 
-HOLE = "old outputs may change through it, by any amount"
 _NARROW = (torch.float16, torch.bfloat16)
 _Self = TypeVar("_Self", bound="BranchGuard")
 

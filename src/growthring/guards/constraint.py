@@ -17,7 +17,7 @@ __all__ = ["Constraint", "Leak"]
 
 
 class Leak(NamedTuple):
-    """``||P D||_F / ||D||_F`` of an update ``D``, and the most that storing ``theta_0 + D`` in its dtype can cause."""
+    """``||P D||_F / ||D||_F`` of an update ``D``, and the most that storing it in float32 or wider can cause."""
 
     share: float
     rounding: float
@@ -123,7 +123,7 @@ class Constraint:
             anchor = site.read(then)
             delta = site.read(now) - anchor
             size = float(delta.norm())
-            eps = torch.finfo(self._parameters[site.parameter].dtype).eps
+            eps = min(torch.finfo(self._parameters[site.parameter].dtype).eps, torch.finfo(torch.float32).eps)
             leaks[site.name] = Leak(space.share(delta), eps / 2 * float(anchor.norm()) / size if size else 0.0)
         return leaks
 

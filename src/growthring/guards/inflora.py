@@ -35,14 +35,11 @@ from .batches import evaluating, head_of, mask_for, masks_apply, run_model, size
 from .branch_guard import BranchGuard
 from .branches import Branches
 from .energy import LinearSchedule, parse_energy
+from .memory import EXACT_ABOVE, ROWS, ROWS_PER_DIM, SKETCH_ABOVE
 from .plan import Treatment
 
 __all__ = ["InfLoRA"]
 
-EXACT_ABOVE = 0.999
-"""Energies above this are collected by QR, which sees directions down to rounding noise."""
-SKETCH_ABOVE = 4096
-ROWS, ROWS_PER_DIM = 8192, 4
 ITERATE_ABOVE, OVERSAMPLE, ITERATIONS = 1024, 8, 8
 """Inputs wider than this: the few leading directions are iterated for, in place of a whole eigendecomposition."""
 
@@ -234,7 +231,7 @@ class InfLoRA(BranchGuard):
                 update = f.update()
                 size = float(update.norm())
                 bound = abs(f.scale) * float(f.b.detach().double().norm()) * float(f.a.detach().double().norm())
-                rounding = torch.finfo(f.a.dtype).eps / 2 * bound / size if size else 0.0
+                rounding = min(torch.finfo(f.a.dtype).eps, torch.finfo(torch.float32).eps) / 2 * bound / size if size else 0.0
                 leaks[layer] = (space.share(update), rounding)
         return leaks
 

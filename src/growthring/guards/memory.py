@@ -17,7 +17,7 @@ from growthring.errors import GuardError
 from growthring.subspace import SecondMoment, Subspace
 
 from .base import SiteCertificate
-from .batches import answer_of, head_of, mask_for, masks_apply, relative_change, run_model, size_of
+from .batches import answer_of, head_of, mask_for, masks_apply, relative_change, rows_in_front, run_model, size_of
 from .constraint import Leak
 from .energy import Energy, NullRatio, energy_for
 from .features import Key, capture, group_by_input, jacobians
@@ -272,13 +272,13 @@ def collect(
     current: Any = None
     keys: dict[str, Tensor] = {}
     fed: dict[tuple[str, Key], Tensor] = {}  # what this batch gave already; kept alive, so that keys stay true
-    seen, expected, masked = 0, samples, masks_apply(model)
+    seen, expected, masked, front = 0, samples, masks_apply(model), rows_in_front(model)
 
     def sink(site: Site, features: Tensor, key: Key) -> None:
         if (lead[site.name], key) in fed:
             return
         fed[lead[site.name], key] = features
-        mask = mask_for(features, current) if masked and site.slots is None else None
+        mask = mask_for(features, current, front) if masked and site.slots is None else None
         rows = features.reshape(-1, features.shape[-1])
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]

@@ -25,9 +25,9 @@ from growthring.errors import ConfigError, nearest
 from growthring.subspace import Subspace
 
 from .base import Certificate, GuardCallback, SiteCertificate
-from .branch_guard import HOLE, BranchGuard
+from .branch_guard import BranchGuard
 from .branches import Branches
-from .plan import Treatment
+from .plan import HOLE, Treatment
 
 __all__ = ["OLoRA"]
 

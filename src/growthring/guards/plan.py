@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .site import Mode, Site
 
-__all__ = ["CONDITIONS", "TensorPlan", "plan"]
+__all__ = ["CONDITIONS", "HOLE", "TensorPlan", "plan"]
 
 Treatment = Literal["protected", "held", "frozen", "free"]
 
@@ -38,8 +38,8 @@ PAPER: Mapping[str, str] = {
 }
 """The same in mode ``"paper"``."""
 
-_HOLE = "old outputs may change through it, by any amount"
-_LATER = "it trains in the first task only"
+HOLE = "old outputs may change through it, by any amount"
+_LATER = "it trains until something is protected"
 _NO_MATRIX = "no condition: it is no matrix that multiplies features (bias, norm, embedding, or a shared weight)"
 _UNSEEN = "no condition: its features were never seen (not used by old tasks, or used where no module shows them)"
 
@@ -121,16 +121,16 @@ def _one(
         why = f"left out by kinds=: {', '.join(left_out)}" if left_out else _open(kinds, mode)
         return TensorPlan(name, shape, "protected", kinds, condition, why, "")
     if left_out:
-        return TensorPlan(name, shape, "free", (), "", f"left out by kinds=: {', '.join(left_out)}", _HOLE)
+        return TensorPlan(name, shape, "free", (), "", f"left out by kinds=: {', '.join(left_out)}", HOLE)
     if loose_in_paper(name, mode):
-        return TensorPlan(name, shape, "free", (), "", "mode='paper' has no condition for prefix values", _HOLE)
+        return TensorPlan(name, shape, "free", (), "", "mode='paper' has no condition for prefix values", HOLE)
     return _bare(name, shape, _NO_MATRIX, policy)
 
 
 def _bare(name: str, shape: tuple[int, ...], why: str, policy: str) -> TensorPlan:
     """What happens to a tensor without a condition."""
     if policy == "allow":
-        return TensorPlan(name, shape, "free", (), "", why, _HOLE)
+        return TensorPlan(name, shape, "free", (), "", why, HOLE)
     if policy == "freeze" and why == _NO_MATRIX:
         return TensorPlan(name, shape, "frozen", (), "", why, "it never trains")
     return TensorPlan(name, shape, "held", (), "", why, _LATER)

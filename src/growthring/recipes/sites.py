@@ -30,6 +30,7 @@ def explain_sites(trainer: ContinualTrainer) -> list[dict[str, Any]]:
     Raises:
         GuardError: A guard finds nothing to protect.
     """
+    from growthring.guards.plan import HOLE
     from growthring.trainer.steps import explain
 
     members = range(len(trainer.stream)) if trainer.joint else (0,)
@@ -40,7 +41,7 @@ def explain_sites(trainer: ContinualTrainer) -> list[dict[str, Any]]:
     if rows or trainer.guards:
         return rows
     why = "all tasks are trained on at once" if trainer.joint else "the method has no guard"
-    cost = "" if trainer.joint else "old outputs may change through it, by any amount"
+    cost = "" if trainer.joint else HOLE
     return [
         {
             "guard": None, "name": name, "shape": list(parameter.shape), "treatment": "free", "kinds": [],

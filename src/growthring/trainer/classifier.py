@@ -124,6 +124,10 @@ class StreamHead(nn.Module):
     def begin(self, classes: Sequence[int]) -> None:
         """Get ready to learn some classes; a head that does not train has nothing to do."""
 
+    def waiting(self) -> list[int]:
+        """Ids of classes whose scores mean nothing yet."""
+        return []
+
 
 class LabelTextHead(StreamHead):
     """Cosine similarity to embedded label names, times a fixed scale. Nothing in it trains.
@@ -180,6 +184,11 @@ class LinearHead(StreamHead):
             self.members.append(new)
         for part, members in zip(self.blocks, self.members, strict=True):
             part.requires_grad_(any(c in members for c in classes))
+
+    def waiting(self) -> list[int]:
+        """Ids of classes that no task has brought yet."""
+        known = {c for block in self.members for c in block}
+        return [c for c in range(len(self.initial)) if c not in known]
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, d)`` features to ``(batch, classes)`` logits."""
@@ -265,6 +274,9 @@ class StreamClassifier(nn.Module):
     ) -> dict[str, Tensor]:
         """Logits over all classes, and the local cross-entropy when labels and task ids are given.
 
+        Classes that the head has no rows for yet have logits of minus infinity: what it answers old inputs does not
+        change when it grows. (Before a task is learned, :meth:`logits` scores its classes all the same.)
+
         Args:
             input_ids: ``(batch, tokens)``.
             attention_mask: ``(batch, tokens)``.
@@ -273,10 +285,12 @@ class StreamClassifier(nn.Module):
             task_ids: ``(batch,)`` which task each example belongs to.
         """
         logits = self.logits(self.embed(input_ids, attention_mask, pixel_values), task_ids)
+        waiting = self.head.waiting()
+        answer = logits.index_fill(1, torch.tensor(waiting, device=logits.device), -torch.inf) if waiting else logits
         if labels is None or task_ids is None:
-            return {"logits": logits}
+            return {"logits": answer}
         local = logits.masked_fill(~self.allowed[task_ids], float("-inf"))
-        return {"loss": F.cross_entropy(local, labels), "logits": logits}
+        return {"loss": F.cross_entropy(local, labels), "logits": answer}
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Recompute activations of the encoder in the backward pass; the Trainer calls this when asked to."""
@@ -292,6 +306,8 @@ class StreamClassifier(nn.Module):
         """Write ``head.safetensors`` and ``head.json``: kind of head, pooling, class names, how images are made."""
         folder = Path(folder)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.head_tensors().items()}
+        if "vectors" in tensors:  # those of a reference follow, and classes does not name them
+            tensors["vectors"] = tensors["vectors"][: len(classes)].clone()
         write_with(folder / "head.safetensors", lambda t: save_file(tensors, t))
         settings = self.head_settings() | {"pooling": self.pooling, "classes": list(classes)}
         write_json(folder / "head.json", settings | ({"images": dict(images)} if images else {}))

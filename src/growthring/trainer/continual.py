@@ -159,6 +159,7 @@ class ContinualTrainer:
         self._splits = ["test"] * evaluate_test + ["validation"] * evaluate_validation
         classifiers = check_classifiers(classifiers)
         merge_weight(self.guards)
+        _check_one_pass(stream, self.guards)
         self._budget = Budget(stream, self.args, steps, total_steps)
         self._notes: list[str] = []
         self._fitted = False
@@ -261,10 +262,10 @@ class ContinualTrainer:
             mtil=zero_shot_figures(tables.accuracy("test")) if self._zero_shot else None,
         )
         if self.folder is not None:
+            result.save(self.folder / "results.json")  # before weights, which may fail to be written
             save_model(self.folder, self.model, self.tokenizer, self.stream, self.guards, self._collate.images)
             for classifier in self._scorer.analytic.values():
                 classifier.save_pretrained(self.folder / "classifiers")
-            result.save(self.folder / "results.json")
         return result
 
     def predict(
@@ -456,6 +457,22 @@ class ContinualTrainer:
                 logger.info(chosen)
                 self._notes.append(chosen)
         return time.perf_counter() - clock
+
+
+def _check_one_pass(stream: TaskStream, guards: Sequence[Guard]) -> None:
+    """Refuse guards that would train on rows again where each is seen once."""
+    if not stream.online:
+        return
+    once = f"the stream is {stream.scenario}: each training row is seen once"
+    if any(_undecided(guard) for guard in guards):
+        raise ConfigError(
+            f"{once}, and energy='auto' trains on the second task once for every candidate. Give a number, or choose "
+            "the scenario 'class'"
+        )
+    if merge_weight(guards):
+        raise ConfigError(
+            f"{once}, and merge > 0 trains on every task twice. Leave merge at 0, or choose the scenario 'class'"
+        )
 
 
 def _prepares(guard: Guard) -> bool:

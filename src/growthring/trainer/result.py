@@ -86,7 +86,6 @@ class RunResult:
         config: The resolved configuration.
         seeds: What was seeded with what.
         folder: The run folder, if one was written.
-        notes: Sentences a reader should see.
         reference: Accuracy on the stream's reference in every row of the matrix; ``None`` without a reference.
         mtil: Transfer, average and last as MTIL defines them, where classes are scored by their names, untrained ones
             too; ``None`` otherwise.
