@@ -1,4 +1,4 @@
-"""Tables of ``pegp_quality.py``, ``pegp_overhead.py`` and ``pegp_drift.py``."""
+"""Tables of ``pegp_quality.py``, ``pegp_overhead.py``, ``pegp_drift.py`` and ``zero_shot.py``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from _words import NONE, Json, Stored, energy_words, grid, not_yet, origin, seeds_of, spread
+from _words import NONE, Json, Stored, counted, energy_words, grid, not_yet, origin, seeds_of, spread
 
 QUALITY = ("pegp_quality.jsonl", "python benchmarks/pegp_quality.py")
 OVERHEAD = ("pegp_overhead.json", "python benchmarks/pegp_overhead.py")
 DRIFT = ("pegp_drift.json", "python benchmarks/pegp_drift.py")
+ZERO_SHOT = ("zero_shot.json", "python benchmarks/zero_shot.py")
 STREAMS: Mapping[str, str] = {
     "clinc": "CLINC, class-incremental",
     "reviews": "reviews, domain-incremental",
@@ -53,10 +54,14 @@ def title(row: Row) -> list[str]:
     return [ADAPTERS[row[0]], VARIANTS[row[1]] + mark]
 
 
+def _lines(stored: Stored, phase: str) -> list[Json]:
+    """Runs of one phase, failed ones too; of a run that was made twice the last."""
+    return list({line["key"]: line for line in stored.lines(QUALITY[0]) if line["phase"] == phase}.values())
+
+
 def finals(stored: Stored) -> list[Json]:
-    """Finished runs on test data; of a run that was made twice the last."""
-    found = {line["key"]: line for line in stored.lines(QUALITY[0]) if line["phase"] == "final"}
-    return [line for line in found.values() if "error" not in line]
+    """Finished runs on test data."""
+    return [line for line in _lines(stored, "final") if "error" not in line]
 
 
 def _about(stored: Stored) -> Json:
@@ -76,26 +81,37 @@ def _final_of(runs: Sequence[Json], key: str, sign: bool = False, view: str = "m
     return spread([r[view].get(key) for r in runs], sign=sign)
 
 
+def _average(runs: Sequence[Json], seeds: int) -> str:
+    """Final average accuracy; of fewer seeds than others with their number."""
+    fewer = f" ({len(runs)})" if 0 < len(runs) < seeds else ""
+    return _final_of(runs, "aa") + fewer
+
+
 def quality(stored: Stored) -> str:
     """Final average accuracy of every method on every stream, and the worst leak."""
     runs = finals(stored)
     if not runs:
         return not_yet(QUALITY)
     streams = [s for s in STREAMS if any(r["stream"] == s for r in runs)]
+    seeds = len({r["seed"] for r in runs})
     body = []
     for row in rows_of(runs):
         mine = [r for r in runs if (r["adapter"], r["variant"]) == row]
-        cells = [_final_of(_of(runs, row, stream), "aa") for stream in streams]
+        cells = [_average(_of(runs, row, stream), seeds) for stream in streams]
         body.append([*title(row), *cells, _worst(mine, "leak", ".0e")])
     head = ("what trains", "guard", *(STREAMS[s] for s in streams), "worst leak")
-    more = f"AA in percent. {_seeds(runs)}"
+    more = f"AA in percent. {_seeds(runs, _lines(stored, 'final'))}"
     return f"{grid(head, body, 2)}\n\n{origin(QUALITY, _about(stored)['machine'], more)}"
 
 
-def _seeds(runs: Sequence[Json]) -> str:
-    counts = {len(_of(runs, row, s)) for row in rows_of(runs) for s in STREAMS} - {0}
-    partial = "Cells without ± have one seed so far. " if len(counts) > 1 and 1 in counts else ""
-    return seeds_of(runs) + partial
+def _seeds(runs: Sequence[Json], all_runs: Sequence[Json]) -> str:
+    """Which seeds stand behind a table, where there are fewer, and how many runs failed."""
+    seeds = len({r["seed"] for r in runs})
+    cells = [_of(runs, row, s) for row in rows_of(runs) for s in STREAMS]
+    fewer = any(0 < len(cell) < seeds for cell in cells)
+    partial = f"(n) behind an AA: n seeds stand behind it, not {seeds}. " if fewer else ""
+    failed = sum("error" in r for r in all_runs)
+    return f"{seeds_of(runs)}{partial}" + (f"{counted(failed, 'run')} failed and left out. " if failed else "")
 
 
 def one_stream(stored: Stored, name: str) -> str:
@@ -103,6 +119,7 @@ def one_stream(stored: Stored, name: str) -> str:
     runs = [r for r in finals(stored) if r["stream"] == name]
     if not runs:
         return not_yet(QUALITY)
+    seeds = len({r["seed"] for r in runs})
     body = []
     for row in rows_of(runs):
         mine = _of(runs, row, name)
@@ -112,7 +129,7 @@ def one_stream(stored: Stored, name: str) -> str:
                 *title(row),
                 "/".join(f"{rate:g}" for rate in sorted({r["learning_rate"] for r in mine})),
                 "/".join(map(energy_words, energy)) or NONE,
-                _final_of(mine, "aa"),
+                _average(mine, seeds),
                 _final_of(mine, "bwt", sign=True),
                 _final_of(mine, "learning_accuracy"),
                 *([_final_of(mine, "aa", view="other_metrics")] if name in OTHER_VIEWS else []),
@@ -135,10 +152,12 @@ def one_stream(stored: Stored, name: str) -> str:
         "seconds a run",
     )
     size = _about(stored)["sizes"][name]
-    tried = sum(line["phase"] == "search" and line["stream"] == name for line in stored.lines(QUALITY[0]))
+    tried, all_runs = ([r for r in _lines(stored, p) if r["stream"] == name] for p in ("search", "final"))
+    failed = sum("error" in r for r in tried)
     more = (
-        f"{size['train']} training rows and {size['test']} test rows a task, batch {size['batch']}. {tried} runs of "
-        f"the search on validation rows of seed {_about(stored)['search_seed']}. {_seeds(runs)}"
+        f"{size['train']} training rows and {size['test']} test rows a task, batch {size['batch']}. {len(tried)} runs "
+        f"of the search{f' ({failed} failed)' if failed else ''} on validation rows of seed "
+        f"{_about(stored)['search_seed']}. {_seeds(runs, all_runs)}"
     )
     return f"{grid(head, body, 2)}\n\n{origin(QUALITY, _about(stored)['machine'], more)}"
 
@@ -199,6 +218,59 @@ def drift(stored: Stored) -> str:
     return f"{grid(head, body, 2)}\n\n{origin(DRIFT, data['machine'], more)}"
 
 
+def zero_shot(stored: Stored) -> str:
+    """What a dual encoder still tells apart of classes that it never trains on, with and without the guard."""
+    data = stored.get(ZERO_SHOT[0])
+    if data is None or not data["runs"]:
+        return not_yet(ZERO_SHOT)
+    seeds = len({r["seed"] for r in data["runs"]})
+    body = []
+    for runs in _by_method(data["runs"]).values():
+        fewer = f" ({len(runs)} of {seeds} seeds)" if len(runs) < seeds else ""
+        body.append(
+            [
+                runs[0]["title"] + fewer,
+                NONE if runs[0]["learning_rate"] is None else f"{runs[0]['learning_rate']:g}",
+                *(spread([r["mtil"][key] for r in runs]) for key in ("transfer", "average", "last")),
+                spread([r["reference"][0] for r in runs]),
+                spread([r["reference"][-1] for r in runs]),
+                spread([_lost(r) for r in runs], sign=True),
+                _worst(runs, "leak", ".0e"),
+            ]
+        )
+    head = (
+        "method",
+        "learning rate",
+        "Transfer",
+        "Average",
+        "Last",
+        "reference before",
+        "reference at the end",
+        "change",
+        "worst leak",
+    )
+    size = data["sizes"]
+    more = (
+        f"Percent. {size['steps']} steps of {size['batch']} images and {size['test']} test rows a task; "
+        f"{size['reference']} rows of the reference are guarded, {size['reference_test']} others scored. Energy "
+        f"{energy_words(data['energy'])}. {counted(len(data['search']), 'run')} of the search on validation rows of "
+        f"seed {data['search_seed']}. {seeds_of(data['runs'])}"
+    )
+    return f"{grid(head, body)}\n\n{origin(ZERO_SHOT, data['machine'], more)}"
+
+
+def _by_method(runs: Sequence[Json]) -> dict[str, list[Json]]:
+    found: dict[str, list[Json]] = {}
+    for run in runs:
+        found.setdefault(run["method"], []).append(run)
+    return found
+
+
+def _lost(run: Json) -> float:
+    """Change of the reference's accuracy over the stream."""
+    return float(run["reference"][-1] - run["reference"][0])
+
+
 def pegp_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]:
     """Rows for the page of claims."""
     runs = finals(stored)
@@ -213,6 +285,11 @@ def pegp_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]
     searched = sum(line["phase"] == "search" for line in stored.lines(QUALITY[0]))
     steps = (stored.get(OVERHEAD[0]) or {}).get("rows", [])
     strict = [r["step_overhead"] for r in steps if r["mode"] == "strict"]
+    enough = [r["task_steps_for_5_percent"] for r in steps if r["mode"] == "strict"]
+    lost = {
+        name: spread([_lost(r) for r in found], sign=True)
+        for name, found in _by_method((stored.get(ZERO_SHOT[0]) or {}).get("runs", [])).items()
+    }
     drifts = (stored.get(DRIFT[0]) or {}).get("rows", [])
     moved = {r["guard"]: r["drift"] for r in drifts if r["adapter"] == "Prefix"}
     least = min((moved[g] for g in moved if g.startswith("strict")), default=None)
@@ -234,11 +311,24 @@ def pegp_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]
             f"worst {100 * max(strict):.1f} %" if strict else None,
         ),
         (
+            "Strict PEGP consolidates in at most 5 % of the training time of a task that is long enough",
+            OVERHEAD,
+            f"from {min(enough)} to {max(enough)} steps on" if enough else None,
+        ),
+        (
             "The paper's condition for prefixes does not keep old outputs; the strict one can",
             DRIFT,
             f"{moved['paper, energy 0.9']:.2f} against {moved['strict, energy 0.9']:.2f} at energy 0.9, "
             f"{least:.2f} at best; unguarded {moved['unguarded']:.2f}"
             if moved
+            else None,
+        ),
+        (
+            "The zero-shot guard keeps the accuracy on classes that a dual encoder never trains on",
+            ZERO_SHOT,
+            f"LoRA: {lost['lora-zero-shot']} points; {lost['lora-pegp']} without the reference; "
+            f"{lost['lora']} unguarded"
+            if {"lora", "lora-pegp", "lora-zero-shot"} <= set(lost)
             else None,
         ),
     ]
@@ -249,4 +339,5 @@ PEGP_TABLES: dict[str, Callable[[Stored], str]] = {
     **{f"pegp-{name}": functools.partial(one_stream, name=name) for name in STREAMS},
     "pegp-overhead": overhead,
     "pegp-drift": drift,
+    "zero-shot": zero_shot,
 }

@@ -1,7 +1,8 @@
 """What PEGP costs for each kind of adapter: per step and per task, as a ratio to the same training without it.
 
 As ``step_overhead.py``: a model of the shape of all-MiniLM-L6 with random weights, guarded and unguarded steps in turn
-on the same model. The conditions of strict and paper mode differ for prefixes and prompts only.
+on the same model. Prefixes and prompts are measured in strict and in paper mode, whose conditions differ there. Those
+of LoRA do not differ; those of adapters differ in the biases alone, which paper mode holds. Both are measured strict.
 
     python benchmarks/pegp_overhead.py    # writes benchmarks/results/pegp_overhead.json
 """

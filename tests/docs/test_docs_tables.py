@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,6 +83,43 @@ def quality() -> list[dict[str, Any]]:
     return lines
 
 
+def zero_shot() -> dict[str, Any]:
+    """What ``zero_shot.py`` stores."""
+    runs = [
+        {
+            "method": name,
+            "title": f"Title of {name}",
+            "seed": seed,
+            "learning_rate": rate,
+            "mtil": {"transfer": 0.8, "average": 0.7, "last": end + 0.02 * seed},
+            "matrix": [],
+            "reference": [0.9, 0.1, end],
+            "leak": leak and leak * (seed + 1),
+            "kept": None if leak is None else True,
+            "seconds": 9.0,
+        }
+        for seed in range(3)
+        for name, rate, end, leak in (
+            ("untouched", None, 0.9, None),
+            ("lora", 1e-3, 0.5, None),
+            ("lora-pegp", 1e-3, 0.7, 2e-7),
+            ("lora-zero-shot", 3e-3, 0.88, 1e-7),
+        )
+    ]
+    tried = [{"method": "lora", "seed": 100, "learning_rate": 1e-3, "validation_last": 0.5, "seconds": 9.0}]
+    sizes = {"train": 192, "validation": 80, "test": 100, "reference": 96, "reference_test": 160}
+    return {
+        "machine": MACHINE,
+        "sizes": {**sizes, "steps": 12, "batch": 16},
+        "energy": {"lora_A": 0.99},
+        "search_seed": 100,
+        "reference": [],
+        "tasks": [],
+        "search": tried,
+        "runs": runs,
+    }
+
+
 def stored() -> dict[str, Any]:
     """One file of each kind, as the scripts write them."""
     runs = [
@@ -142,8 +180,13 @@ def stored() -> dict[str, Any]:
             "machine": MACHINE,
             "energy": 0.95,
             "samples": 256,
-            "rows": [{**step, "mode": "strict"}, {**step, "adapter": "prompt", "mode": "paper", "step_overhead": 0.5}],
+            "rows": [
+                {**step, "mode": "strict"},
+                {**step, "adapter": "prefix", "mode": "strict", "task_steps_for_5_percent": 160},
+                {**step, "adapter": "prompt", "mode": "paper", "step_overhead": 0.5, "task_steps_for_5_percent": 7},
+            ],
         },
+        "zero_shot.json": zero_shot(),
     }
 
 
@@ -223,6 +266,8 @@ def test_claims_follow_the_files(tables: ModuleType, repository: Path) -> None:
     assert "| 6 of 6 runs; leak 3e-07 to 3e-07 in 6 runs |" in text
     assert "| 3e-02 to 3e-02 in 6 runs |" in text, "what projecting gradients alone leaks"
     assert "| 12 runs of the search |" in text
+    assert "| from 80 to 160 steps on |" in text, "consolidation, in strict mode"
+    assert "| LoRA: −2.0 ± 0.0 points; −20.0 ± 0.0 without the reference; −40.0 ± 0.0 unguarded |" in text
     assert "not measured yet" not in text
 
 
@@ -236,7 +281,8 @@ def test_pegp_overview(tables: ModuleType, repository: Path) -> None:
     assert lines[6].startswith("| Prefix | PEGP, paper | 62.0")
     assert lines[7] == "| all linear weights, unprotected | – | 77.0 ± 2.0 | 77.0 ± 2.0 | – |"
     assert "seeds 0, 1, 2" in lines[-1]
-    assert "so far" not in lines[-1]
+    assert "behind an AA" not in lines[-1]
+    assert "1 run failed and left out" in lines[-1], "that of the stream without a column"
 
 
 def test_pegp_stream(tables: ModuleType, repository: Path) -> None:
@@ -252,21 +298,79 @@ def test_pegp_drift(tables: ModuleType, repository: Path) -> None:
     stored = tables.Stored(repository)
     lines = tables.TABLES["pegp-drift"](stored).splitlines()
     assert lines[2:5] == [
-        "| Prefix | unguarded | 4.0e-01 | 0.8000 | 0.500 |  |  |",
+        "| Prefix | unguarded | 4.0e-01 | 0.8000 | 0.500 | – | – |",
         "| Prefix | paper, energy 0.9 | 3.0e-01 | 0.8500 | 0.500 | 2e-07 | 40 |",
         "| Prefix | strict, energy 0.9 | 5.0e-02 | 0.9750 | 0.500 | 2e-07 | 40 |",
     ]
     assert "0.30 against 0.05 at energy 0.9, 0.05 at best; unguarded 0.40" in tables.claims(stored)
 
 
-def test_pegp_table_says_when_seeds_are_missing(tables: ModuleType, repository: Path) -> None:
+def quality_without(repository: Path, dropped: Callable[[dict[str, Any]], bool], *more: dict[str, Any]) -> None:
+    """Take lines out of the stored quality runs, and add some."""
     path = repository / "benchmarks" / "results" / "pegp_quality.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    kept = [r for r in lines if not (r["phase"] == "final" and r["variant"] == "strict" and r["seed"] > 0)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    text = tables.TABLES["pegp-quality"](tables.Stored(repository))
-    assert "| LoRA | PEGP, strict | 70.0 | 70.0 | 3e-07 |" in text
-    assert "one seed so far" in text
+    lines = [r for r in lines if not (r["phase"] == "final" and dropped(r))] + list(more)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("first", "cell"), [(1, "70.0 (1)"), (2, "71.0 ± 1.4 (2)")])
+def test_pegp_tables_say_when_seeds_are_missing(tables: ModuleType, repository: Path, first: int, cell: str) -> None:
+    quality_without(repository, lambda r: r["variant"] == "strict" and r["seed"] >= first)
+    stored = tables.Stored(repository)
+    text = tables.TABLES["pegp-quality"](stored)
+    assert f"| LoRA | PEGP, strict | {cell} | {cell} | 3e-07 |" in text
+    assert "| LoRA | PEGP, paper (figure) | 67.0 ± 2.0 | 67.0 ± 2.0 |" in text, "all of its seeds"
+    assert "(n) behind an AA: n seeds stand behind it, not 3." in text
+    text = tables.TABLES["pegp-clinc"](stored)
+    assert f"| LoRA | PEGP, strict | 0.002 | 0.9 | {cell} |" in text
+    assert "not 3." in text
+
+
+def test_pegp_tables_count_failed_runs(tables: ModuleType, repository: Path) -> None:
+    assert "failed" not in tables.TABLES["pegp-clinc"](tables.Stored(repository)), (
+        "the failed one is of another stream"
+    )
+    at = {"stream": "clinc", "adapter": "lora", "variant": "unprotected", "seed": 1}
+    ended = {**at, "phase": "final", "key": "a", "error": "NumericalError: the loss is nan"}
+    tried = {**at, "phase": "search", "key": "b", "error": "NumericalError: the loss is nan"}
+    quality_without(repository, lambda r: {k: r[k] for k in at} == at, ended, tried)
+    text = tables.TABLES["pegp-clinc"](tables.Stored(repository))
+    assert "52.0 ± 2.8 (2)" in text
+    assert "7 runs of the search (1 failed)" in text
+    assert "1 run failed and left out." in text
+    assert "2 runs failed and left out." in tables.TABLES["pegp-quality"](tables.Stored(repository))
+    again = {**at, "phase": "final", "key": "a", "learning_rate": 0.002, "energy": None, "seconds": 9.0}
+    metrics = {"aa": 0.52, "bwt": -0.1, "learning_accuracy": 0.9, "forgetting": 0.1}
+    again |= {"metrics": metrics, "other_metrics": metrics, "leak": 0.9, "kept": False, "output_change": 0.125}
+    quality_without(repository, lambda r: False, again)
+    text = tables.TABLES["pegp-clinc"](tables.Stored(repository))
+    assert "52.0 ± 2.0 |" in text
+    assert "left out" not in text, "run again, it ended"
+
+
+def test_zero_shot(tables: ModuleType, repository: Path) -> None:
+    lines = tables.TABLES["zero-shot"](tables.Stored(repository)).splitlines()
+    three = "80.0 ± 0.0 | 70.0 ± 0.0"
+    assert lines[2] == (
+        f"| Title of untouched | – | {three} | 92.0 ± 2.0 | 90.0 ± 0.0 | 90.0 ± 0.0 | +0.0 ± 0.0 | – |"
+    )
+    assert lines[5] == (
+        f"| Title of lora-zero-shot | 0.003 | {three} | 90.0 ± 2.0 | 90.0 ± 0.0 | 88.0 ± 0.0 | −2.0 ± 0.0 | 3e-07 |"
+    )
+    assert "1 run of the search on validation rows of seed 100" in lines[-1]
+    assert "12 steps of 16 images and 100 test rows a task; 96 rows of the reference" in lines[-1]
+
+
+def test_zero_shot_says_when_seeds_are_missing(tables: ModuleType, repository: Path) -> None:
+    path = repository / "benchmarks" / "results" / "zero_shot.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["runs"] = [r for r in data["runs"] if (r["method"], r["seed"]) != ("lora", 2)]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    text = tables.TABLES["zero-shot"](tables.Stored(repository))
+    assert "| Title of lora (2 of 3 seeds) |" in text
+    assert text.count("of 3 seeds") == 1
+    path.write_text(json.dumps({**data, "runs": []}), encoding="utf-8")
+    assert "not measured yet" in tables.TABLES["zero-shot"](tables.Stored(repository)), "the search is no result"
 
 
 @pytest.mark.parametrize(
@@ -279,6 +383,7 @@ def test_pegp_table_says_when_seeds_are_missing(tables: ModuleType, repository: 
         "pegp_quality.jsonl",
         "pegp_overhead.json",
         "pegp_drift.json",
+        "zero_shot.json",
     ],
 )
 def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from guard_helpers import answer, change, fit, lora_bert, lora_mlp, rows, tokens
+from guard_helpers import answer, bert, change, fit, lora_bert, lora_mlp, rows, tokens
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
 from growthring.guards import PEGP
@@ -98,3 +99,14 @@ def test_the_memory_comes_back(tmp_path) -> None:
     losses = fit(model, rows(6, 20, 2), again, steps=100)
     assert losses[-1] < 0.9 * losses[0]
     assert again.end_task(None, [rows(6, 20, 2)]).held == 0
+
+
+def test_a_prompt_whose_slots_are_full_is_exhausted_although_directions_are_free() -> None:
+    """One slot: the mass on it fills R^1, and across it no direction of the 32 can move."""
+    torch.manual_seed(0)
+    model = get_peft_model(bert(), PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=1))
+    guard = PEGP(0.9)
+    with pytest.warns(UserWarning, match="no free direction is left"):
+        certificate = guard.consolidate(model, [tokens(4, 6, 1)])
+    assert certificate.free > 0
+    assert guard.exhausted()

@@ -32,7 +32,7 @@ class _Pass:
         self.bank = SubspaceBank([], [])
 
     def touches(self, site: Site) -> bool:
-        return any(other.parameter == site.parameter and _overlap(other, site) for other in self.sites)
+        return any(other.crosses(site) for other in self.sites)
 
     def stack(self, anchors: Mapping[str, Tensor]) -> None:
         views = [site.read(anchors) for site in self.sites]
@@ -156,12 +156,6 @@ class Constraint:
     def _copy(self, name: str) -> Tensor:
         value = self._parameters[name].detach()
         return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-
-
-def _overlap(one: Site, other: Site) -> bool:
-    if one.columns is None or other.columns is None:
-        return True
-    return one.columns[0] < other.columns[1] and other.columns[0] < one.columns[1]
 
 
 def _write(sites: Sequence[Site], tensors: Mapping[str, Tensor], matrices: Sequence[Tensor]) -> None:

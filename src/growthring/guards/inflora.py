@@ -231,7 +231,9 @@ class InfLoRA(BranchGuard):
                 update = f.update()
                 size = float(update.norm())
                 bound = abs(f.scale) * float(f.b.detach().double().norm()) * float(f.a.detach().double().norm())
-                rounding = min(torch.finfo(f.a.dtype).eps, torch.finfo(torch.float32).eps) / 2 * bound / size if size else 0.0
+                rounding = (
+                    min(torch.finfo(f.a.dtype).eps, torch.finfo(torch.float32).eps) / 2 * bound / size if size else 0.0
+                )
                 leaks[layer] = (space.share(update), rounding)
         return leaks
 

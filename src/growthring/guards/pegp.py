@@ -248,10 +248,10 @@ class PEGP(Guard):
             sites=tuple(sites),
             notes=tuple(notes),
         )
-        if certificate.free == 0:
+        if self.exhausted():
             warnings.warn(
                 f"PEGP: after {task!r} no free direction is left at any of {len(sites)} sites, so nothing can be "
-                "learned from now on. Lower the energy, widen the adapter (a larger rank), or adapt more layers",
+                "learned from now on. Lower the energy, widen the adapter (rank, tokens), or adapt more layers",
                 stacklevel=2,
             )
         return certificate
@@ -307,9 +307,8 @@ class PEGP(Guard):
         return super().callback(loss_added=loss_added)
 
     def exhausted(self) -> bool:
-        """True when every site is protected and no free direction is left at any of them."""
-        spaces = self._memory.spaces.values()
-        return bool(spaces) and all(space.free == 0 for space in spaces)
+        """True when nothing protected can move: each site, or one across it on the same tensor, is full."""
+        return self._survey is not None and self._survey.full(self._memory)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the memory to ``folder`` as safetensors and JSON, each file atomically."""
@@ -361,6 +360,7 @@ class PEGP(Guard):
             "memory": self._memory.state_dict(),
             "marks": dict(self._marks),
             "known": sorted(self._known),
+            "frozen": sorted(self._frozen),
             "probes": self._probes.state_dict(),
         }
         if self._task is not None:
@@ -387,6 +387,7 @@ class PEGP(Guard):
         self.tasks, self.energy = list(state["tasks"]), parse_energy(state["energy"])
         self._memory = FeatureMemory.from_state_dict(state["memory"])
         self._marks, self._known = {k: float(v) for k, v in state["marks"].items()}, set(state["known"])
+        self._frozen = set(state.get("frozen", ()))
         self._probes.load_state_dict(state["probes"])
         self._pending = None
         if "pending" in state:

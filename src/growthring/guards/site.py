@@ -80,6 +80,14 @@ class Site:
         """Qualified names of all parameters of the site."""
         return (self.parameter, self.bias) if self.bias else (self.parameter,)
 
+    def crosses(self, other: Site) -> bool:
+        """True when the two have elements in common."""
+        if self.parameter != other.parameter:
+            return False
+        if self.columns is None or other.columns is None:
+            return True
+        return self.columns[0] < other.columns[1] and other.columns[0] < self.columns[1]
+
     def view(self, tensor: Tensor) -> Tensor:
         """The site's part of its parameter, features along the last axis; shares storage."""
         if self.scales:

@@ -77,6 +77,12 @@ class Survey:
             n: (training[n], None) for n in loose
         }
 
+    def full(self, memory: FeatureMemory) -> bool:
+        """True when there are sites, and each of them is full or crossed by a full one on the same tensor."""
+        spaces = {s.name: memory.space(s.name) for s in self.sites}
+        stuck = [s for s in self.sites if (space := spaces[s.name]) is not None and space.free == 0]
+        return bool(stuck) and all(any(s.crosses(other) for other in stuck) for s in self.sites)
+
     def resting(self, memory: FeatureMemory) -> dict[str, Site]:
         """Factors ``A`` by the name of the ``B`` behind them, where ``B`` is zero and nothing protects it yet."""
         inner = {s.module: s for s in self.sites if s.kind == "lora_A" and self.parameters[s.parameter].requires_grad}
