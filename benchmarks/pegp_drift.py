@@ -37,10 +37,8 @@ ADAPTERS: dict[str, tuple[PeftConfig, float]] = {
 }
 GUARDS: dict[str, dict[str, Any] | None] = {
     "unguarded": None,
-    "gradient-only": {"energy": 0.9, "project": "gradient"},
     "paper, energy 0.9": {"energy": 0.9, "mode": "paper"},
     "strict, energy 0.9": {"energy": 0.9},
-    "strict, energy 0.99": {"energy": 0.99},
     "strict, energy 1": {"energy": 1.0},
 }
 

@@ -66,7 +66,7 @@ def _sequential() -> Iterator[Method]:
         cost="A few percent of the weights train; two small layers more at inference, which cannot be merged away.",
         use_when="As the baseline for pegp-adapter.",
         avoid_when="The result has to be merged into plain weights: that needs LoRA.",
-        learning_rate=1e-3,
+        learning_rate=2e-3,
     )
     yield Method(
         name="sequential-prefix",
@@ -78,7 +78,7 @@ def _sequential() -> Iterator[Method]:
         cost="Very few parameters; every attention reads a few tokens more.",
         use_when="As the baseline for pegp-prefix.",
         avoid_when="Few steps are affordable: prefixes learn slowly and want a large learning rate.",
-        learning_rate=1e-2,
+        learning_rate=1e-1,
     )
     yield Method(
         name="sequential-prompt",
@@ -165,7 +165,7 @@ def _pegp() -> Iterator[Method]:
         use_when="As pegp, where a nonlinear adapter learns the tasks better than LoRA.",
         avoid_when="The result has to be merged into plain weights: that needs LoRA.",
         learning_rate=2e-3,
-        energy=MappingProxyType({"adapter_down": 0.95, "adapter_up": 0.90}),
+        energy=MappingProxyType({"adapter_down": 0.95, "adapter_up": 0.80}),
         **shared,
     )
     yield Method(
@@ -178,7 +178,7 @@ def _pegp() -> Iterator[Method]:
         cost=_MEMORY,
         use_when="A prefix has to learn task after task, or to compare with published prefix results.",
         avoid_when="Heads are narrow and tasks many: a head of 32 dimensions is soon full.",
-        learning_rate=1e-2,
+        learning_rate=1e-1,
         energy=MappingProxyType({"prefix_key": 0.90, "prefix_value": 0.90}),
         **shared,
     )
