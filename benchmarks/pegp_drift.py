@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 import growthring as gr
-from _common import machine, store
+from _common import load, machine, store
 from growthring.adapters import BottleneckConfig
 from growthring.streams import demo_encoder_path, demo_stream
 
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
     options = parser.parse_args()
     folder = demo_encoder_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -106,8 +107,8 @@ def main() -> None:
         goals = [plain(**encode([task.label_texts[label] for label in task.labels])) for task in stream][:2]
     first, second = batches(0, 60), batches(1, options.steps)
     probe = encode(list(stream[0].test.texts[:64]))
-    rows = []
-    for name, (config, rate) in ADAPTERS.items():
+    rows = [r for r in load("pegp_drift.json").get("rows", []) if r["adapter"] not in options.adapters]
+    for name, (config, rate) in ((name, ADAPTERS[name]) for name in options.adapters):
         torch.manual_seed(0)
         encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
         start = Similarity(get_peft_model(encoder, copy.deepcopy(config)))
@@ -140,6 +141,7 @@ def main() -> None:
             }
             print(row, flush=True)
             rows.append(row)
+    rows.sort(key=lambda r: list(ADAPTERS).index(r["adapter"]))
     print(store("pegp_drift.json", {"machine": machine(), "steps": options.steps, "rows": rows}))
 
 
