@@ -6,7 +6,7 @@ import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from _words import NONE, Json, Stored, counted, energy_words, grid, not_yet, origin, seeds_of, spread
+from _words import COSTS, NONE, Json, Stored, costs, counted, energy_words, grid, not_yet, origin, seeds_of, spread
 
 QUALITY = ("pegp_quality.jsonl", "python benchmarks/pegp_quality.py")
 OVERHEAD = ("pegp_overhead.json", "python benchmarks/pegp_overhead.py")
@@ -167,33 +167,9 @@ def overhead(stored: Stored) -> str:
     data = stored.get(OVERHEAD[0])
     if data is None:
         return not_yet(OVERHEAD)
-    body = [
-        [
-            ADAPTERS[r["adapter"]],
-            r["mode"],
-            str(r["batch_tokens"]),
-            f"{100 * r['protected_share']:.0f}",
-            f"{r['plain_step_ms']:.1f}",
-            f"{r['guarded_step_ms']:.1f}",
-            f"{100 * r['step_overhead']:+.1f}".replace("-", "−"),
-            f"{r['consolidation_seconds']:.2f}",
-            str(r["task_steps_for_5_percent"]),
-        ]
-        for r in data["rows"]
-    ]
-    head = (
-        "adapter",
-        "mode",
-        "tokens a batch",
-        "protected, %",
-        "plain step, ms",
-        "guarded step, ms",
-        "overhead, %",
-        "consolidation, s",
-        "steps a task for 5 %",
-    )
+    body = [[ADAPTERS[r["adapter"]], r["mode"], *costs(r)] for r in data["rows"]]
     more = f"Energy {data['energy']:g}; features of {data['samples']} examples a task. "
-    return f"{grid(head, body, 2)}\n\n{origin(OVERHEAD, data['machine'], more)}"
+    return f"{grid(('adapter', 'mode', *COSTS), body, 2)}\n\n{origin(OVERHEAD, data['machine'], more)}"
 
 
 def drift(stored: Stored) -> str:

@@ -85,3 +85,28 @@ def seeds_of(runs: Sequence[Json]) -> str:
     if len(found) == 1:
         return f"One seed ({found[0]}), so no spread. "
     return f"Mean ± sample standard deviation over seeds {', '.join(map(str, found))}. "
+
+
+COSTS = (
+    "tokens a batch",
+    "protected, %",
+    "plain step, ms",
+    "guarded step, ms",
+    "overhead, %",
+    "consolidation, s",
+    "steps a task for 5 %",
+)
+"""Heads of what :func:`costs` gives."""
+
+
+def costs(row: Json) -> list[str]:
+    """Cells of what a guard costs a step and a task."""
+    return [
+        str(row["batch_tokens"]),
+        f"{100 * row['protected_share']:.0f}",
+        f"{row['plain_step_ms']:.1f}",
+        f"{row['guarded_step_ms']:.1f}",
+        f"{100 * row['step_overhead']:+.1f}".replace("-", "−"),
+        f"{row['consolidation_seconds']:.2f}",
+        str(row["task_steps_for_5_percent"]),
+    ]

@@ -10,8 +10,6 @@ of LoRA do not differ; those of adapters differ in the biases alone, which paper
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig,
 import growthring as gr
 from _common import machine, store
 from growthring.adapters import BottleneckConfig
-from step_overhead import batch, encoder, step
+from step_overhead import batch, compare, encoder
 
 ENERGY, SAMPLES = 0.95, 256
 
@@ -40,33 +38,9 @@ def measure(kind: str, mode: str, tokens: int, pairs: int) -> dict[str, Any]:
     torch.manual_seed(0)
     net = get_peft_model(encoder(), adapter(kind))
     net.train()
-    guard = gr.PEGP(energy=ENERGY, mode=mode, samples=SAMPLES, probes=0)
-    guard.attach(net)
-    guard.begin_task()
     data = [batch(16, tokens) for _ in range(SAMPLES // 16)]
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
-    for item in data[:3]:
-        step(net, optimizer, item, guard)
-    start = time.perf_counter()
-    certificate = guard.consolidate(net, data)
-    consolidation = time.perf_counter() - start
-    guard.begin_task()
-    plain, guarded = [], []
-    for number in range(pairs):
-        plain.append(step(net, optimizer, data[number % len(data)], None))
-        guarded.append(step(net, optimizer, data[number % len(data)], guard))
-    return {
-        "adapter": kind,
-        "mode": mode,
-        "batch_tokens": 16 * tokens,
-        "protected_share": 1 - certificate.free / certificate.dims,
-        "plain_step_ms": statistics.median(plain) * 1e3,
-        "guarded_step_ms": statistics.median(guarded) * 1e3,
-        "step_overhead": statistics.median(g / p for p, g in zip(plain, guarded, strict=True)) - 1,
-        "consolidation_seconds": consolidation,
-        "consolidation_in_steps": consolidation / statistics.median(plain),
-        "task_steps_for_5_percent": round(20 * consolidation / statistics.median(plain)),
-    }
+    found = compare(net, gr.PEGP(energy=ENERGY, mode=mode, samples=SAMPLES, probes=0), data, pairs)
+    return {"adapter": kind, "mode": mode, "batch_tokens": 16 * tokens, **found}
 
 
 def main() -> None:

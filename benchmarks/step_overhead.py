@@ -64,14 +64,10 @@ def step(
     return time.perf_counter() - start
 
 
-def measure(kind: str, energy: float, tokens: int, pairs: int) -> dict[str, Any]:
-    """Overhead of one setting."""
-    torch.manual_seed(0)
-    net = model(kind)
-    guard = gr.PEGP(energy=energy, probes=0)
+def compare(net: nn.Module, guard: gr.PEGP, data: list[dict[str, torch.Tensor]], pairs: int) -> dict[str, Any]:
+    """What ``guard`` adds to a step of ``net`` and to a task; guarded and unguarded steps alternate."""
     guard.attach(net)
     guard.begin_task()
-    data = [batch(16, tokens) for _ in range(16)]
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     for item in data[:3]:
         step(net, optimizer, item, guard)
@@ -81,12 +77,9 @@ def measure(kind: str, energy: float, tokens: int, pairs: int) -> dict[str, Any]
     guard.begin_task()
     plain, guarded = [], []
     for number in range(pairs):
-        plain.append(step(net, optimizer, data[number % 16], None))
-        guarded.append(step(net, optimizer, data[number % 16], guard))
+        plain.append(step(net, optimizer, data[number % len(data)], None))
+        guarded.append(step(net, optimizer, data[number % len(data)], guard))
     return {
-        "adapter": kind,
-        "energy": energy,
-        "batch_tokens": 16 * tokens,
         "protected_share": 1 - certificate.free / certificate.dims,
         "plain_step_ms": statistics.median(plain) * 1e3,
         "guarded_step_ms": statistics.median(guarded) * 1e3,
@@ -95,6 +88,15 @@ def measure(kind: str, energy: float, tokens: int, pairs: int) -> dict[str, Any]
         "consolidation_in_steps": consolidation / statistics.median(plain),
         "task_steps_for_5_percent": round(20 * consolidation / statistics.median(plain)),
     }
+
+
+def measure(kind: str, energy: float, tokens: int, pairs: int) -> dict[str, Any]:
+    """Overhead of one setting."""
+    torch.manual_seed(0)
+    net = model(kind)
+    data = [batch(16, tokens) for _ in range(16)]
+    found = compare(net, gr.PEGP(energy=energy, probes=0), data, pairs)
+    return {"adapter": kind, "energy": energy, "batch_tokens": 16 * tokens, **found}
 
 
 def main() -> None:

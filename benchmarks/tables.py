@@ -20,7 +20,7 @@ from typing import Any
 
 from _figure import figure
 from _pegp_tables import PEGP_TABLES, pegp_claims
-from _words import NONE, Json, Stored, energy_words, grid, not_yet, origin, seeds_of, spread
+from _words import COSTS, NONE, Json, Stored, costs, energy_words, grid, not_yet, origin, seeds_of, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = "docs/assets/demo.svg"
@@ -204,33 +204,9 @@ def overhead(stored: Stored) -> str:
     data = stored.get(OVERHEAD[0])
     if data is None:
         return not_yet(OVERHEAD)
-    rows = [
-        [
-            r["adapter"],
-            energy_words(r["energy"]),
-            str(r["batch_tokens"]),
-            f"{100 * r['protected_share']:.0f}",
-            f"{r['plain_step_ms']:.1f}",
-            f"{r['guarded_step_ms']:.1f}",
-            f"{100 * r['step_overhead']:+.1f}".replace("-", "−"),
-            f"{r['consolidation_seconds']:.2f}",
-            str(r["task_steps_for_5_percent"]),
-        ]
-        for r in data["rows"]
-    ]
-    head = (
-        "adapter",
-        "energy",
-        "tokens a batch",
-        "protected, %",
-        "plain step, ms",
-        "guarded step, ms",
-        "overhead, %",
-        "consolidation, s",
-        "steps a task for 5 %",
-    )
+    rows = [[r["adapter"], energy_words(r["energy"]), *costs(r)] for r in data["rows"]]
     more = "*steps a task for 5 %*: a task of so many steps spends 5 % of its time on consolidation. "
-    return f"{grid(head, rows)}\n\n{origin(OVERHEAD, data['machine'], more)}"
+    return f"{grid(('adapter', 'energy', *COSTS), rows)}\n\n{origin(OVERHEAD, data['machine'], more)}"
 
 
 def claims(stored: Stored) -> str:
