@@ -55,8 +55,10 @@ $(VENV)/.base: $(VENV)/.python pyproject.toml constraints/cpu.txt
 	$(PIP) install -q -c constraints/cpu.txt -e .
 	touch $@
 
+# galore-torch, which GaLore is compared with, without bitsandbytes and tensorly, which it needs for other things.
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints/cpu.txt
 	$(PIP) install -q -c constraints/cpu.txt -e ".[dev]"
+	$(PIP) install -q --no-deps galore-torch==1.0
 	touch $@ $(VENV)/.base
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml constraints/cpu.txt

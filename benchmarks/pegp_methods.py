@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, OSFConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
+import _runs
 import growthring as gr
+from _runs import Setting
 from growthring.guards import Certificate, Guard
 
 ADAPTERS = ("lora", "adapter", "prefix", "prompt")
@@ -41,18 +43,13 @@ class Cell:
     adapter: str
     variant: str
 
+    def __str__(self) -> str:
+        return f"{self.stream} {self.adapter} {self.variant}"
+
     @property
     def modality(self) -> str:
         """``"text"`` or ``"image"``."""
         return "image" if self.stream == "fashion" else "text"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the search chooses."""
-
-    learning_rate: float
-    energy: float | None = None
 
 
 _LOW_RANK = (5e-5, 2e-4, 7e-4, 2e-3, 5e-3, 1.2e-2)
@@ -97,35 +94,10 @@ def cells(streams: Iterable[str]) -> Iterator[Cell]:
 
 
 def next_setting(cell: Cell, scores: Mapping[Setting, float]) -> Setting | None:
-    """What the search tries next: first every energy at the middle rate, then lower or higher rates while these help.
-
-    Args:
-        cell: The cell.
-        scores: Validation accuracy of the settings tried so far.
-
-    Returns:
-        A setting, or ``None`` when the search is over.
-    """
+    """What the search tries next of a cell, given what its settings scored; see :func:`_runs.next_setting`."""
     rates = (IMAGE_RATES if cell.modality == "image" else RATES)[cell.adapter]
-    middle = len(rates) // 2
     free = cell.variant in ("unprotected", "baseline")
-    starts = [Setting(rates[middle], energy) for energy in ((None,) if free else ENERGIES[cell.modality])]
-    for start in starts:
-        if start not in scores:
-            return start
-    energy = max(starts, key=scores.__getitem__).energy
-    for direction in (-1, 1):
-        place, best = middle, scores[Setting(rates[middle], energy)]
-        while 0 <= place + direction < len(rates):
-            tried = Setting(rates[place + direction], energy)
-            if tried not in scores:
-                return tried
-            if scores[tried] <= best:
-                break
-            place, best = place + direction, scores[tried]
-        if place != middle:  # lower rates were better, so higher ones need not be tried
-            return None
-    return None
+    return _runs.next_setting(rates, (None,) if free else ENERGIES[cell.modality], scores)
 
 
 def adapter(cell: Cell, tasks: int) -> PeftConfig | str:

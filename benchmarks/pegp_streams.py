@@ -23,39 +23,19 @@ import gzip
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from _runs import Size
 from growthring.streams import Task, TaskStream
 
 POOL_SEED = 0
 BLOCKS = 6
 """Blocks of the image encoder that are used: later ones tell these images apart no better, and cost as much."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Rows a task, and what a training step sees.
-
-    Attributes:
-        train: Training rows a task.
-        validation: Validation rows a task.
-        test: Test rows a task.
-        epochs: Passes over the training rows.
-        batch: Rows a step.
-        length: Tokens kept of a text; for images the side in pixels.
-    """
-
-    train: int
-    validation: int
-    test: int
-    epochs: int
-    batch: int
-    length: int
 
 
 SIZES: Mapping[str, Size] = {
@@ -119,9 +99,9 @@ def build(name: str, seed: int, sources: Sources) -> TaskStream:
     """One stream, with the rows that ``seed`` draws."""
     size = SIZES[name]
     readers: dict[str, Callable[[Sources], list[Task]]] = {
-        "clinc": _clinc,
+        "clinc": clinc,
         "reviews": _reviews,
-        "standard": _standard,
+        "standard": standard,
         "fashion": _fashion,
     }
     tasks = [
@@ -147,7 +127,8 @@ def _without(rows: Rows, *others: Rows) -> Rows:
     return [row for row in rows if row[0] not in known]
 
 
-def _clinc(sources: Sources) -> list[Task]:
+def clinc(sources: Sources, domains: Sequence[str] = DOMAINS) -> list[Task]:
+    """Domains of CLINC150, 15 intents each, with the published splits."""
     assert sources.data is not None
     read = {s: _json_lines(sources.data / "clinc150" / f"{s}.jsonl.gz") for s in ("train", "validation", "test")}
 
@@ -155,7 +136,7 @@ def _clinc(sources: Sources) -> list[Task]:
         return _unique([(r["text"], r["label"]) for r in read[split] if r["domain"] == domain])
 
     tasks = []
-    for domain in DOMAINS:
+    for domain in domains:
         test = rows("test", domain)
         validation = _without(rows("validation", domain), test)
         tasks.append(Task(domain, _without(rows("train", domain), test, validation), test, validation))
@@ -185,7 +166,8 @@ def _reviews(sources: Sources) -> list[Task]:
     return tasks
 
 
-def _standard(sources: Sources) -> list[Task]:
+def standard(sources: Sources) -> list[Task]:
+    """Four tasks of the standard benchmark; a fifth of the training rows is the validation pool."""
     assert sources.data is not None
     tasks = []
     for name in STANDARD:

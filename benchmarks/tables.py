@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from _figure import figure
+from _gorp_tables import GORP_TABLES, gorp_claims
 from _pegp_tables import PEGP_TABLES, pegp_claims
+from _step_tables import STEP_TABLES, step_claims
 from _words import COSTS, NONE, Json, Stored, costs, energy_words, grid, not_yet, origin, seeds_of, spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,9 +247,10 @@ def claims(stored: Stored) -> str:
             else None,
         ),
     )
+    every = (*rows, *pegp_claims(stored), *gorp_claims(stored), *step_claims(stored))
     body = [
         [claim, f"`{command}`", f"`{name}`", measured or "not measured yet"]
-        for claim, (name, command), measured in (*rows, *pegp_claims(stored))
+        for claim, (name, command), measured in every
     ]
     return grid(("claim or limit", "command", "stored JSON", "measured"), body, 4)
 
@@ -266,6 +269,8 @@ TABLES: dict[str, Callable[[Stored], str]] = {
     "overhead": overhead,
     "claims": claims,
     **PEGP_TABLES,
+    **GORP_TABLES,
+    **STEP_TABLES,
 }
 
 

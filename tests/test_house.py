@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "guards": BASE | {"subspace", "backbones"},
     "report": BASE | {"evaluation"},
     "trainer": BASE | {"subspace", "backbones", "streams", "evaluation", "adapters", "optim", "guards", "report"},
-    "recipes": BASE | {"backbones", "adapters", "streams", "guards", "trainer", "report"},
+    "recipes": BASE | {"backbones", "adapters", "streams", "optim", "guards", "trainer", "report"},
     "cli": BASE | {"streams", "guards", "trainer", "report", "recipes", "evaluation"},
 }
 

@@ -27,6 +27,12 @@ def test_the_contract_of_the_guard() -> None:
         assert callable(getattr(gr.PEGP, method))
 
 
+def test_rooms_are_reached_through_the_root() -> None:
+    code = "import growthring as gr; gr.optim.GaLore, gr.guards.PEGP; assert gr.GORP is gr.optim.GORP"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert {"optim", "guards"} <= set(dir(gr))
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(gr, "no_such_name")
 

@@ -10,7 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from growthring.guards import PEGP, Certificate, Guard, InfLoRA, LinearSchedule, OLoRA, merge_branches
+    from growthring import guards as guards
+    from growthring import optim as optim
+    from growthring.guards import (
+        PEGP,
+        Certificate,
+        FreshLoRA,
+        GradientMemory,
+        Guard,
+        InfLoRA,
+        LinearSchedule,
+        OLoRA,
+        merge_branches,
+    )
+    from growthring.optim import GORP
     from growthring.recipes import RunConfig, load_config, run
     from growthring.streams import Task, TaskStream
     from growthring.subspace import SecondMoment, Subspace
@@ -22,8 +35,11 @@ except PackageNotFoundError:  # running from a source tree that was never instal
     __version__ = "0+unknown"
 
 _HOME = {
+    "GORP": "optim",
     "Certificate": "guards",
     "ContinualTrainer": "trainer",
+    "FreshLoRA": "guards",
+    "GradientMemory": "guards",
     "Guard": "guards",
     "InfLoRA": "guards",
     "LinearSchedule": "guards",
@@ -40,10 +56,15 @@ _HOME = {
     "run": "recipes",
 }
 
+_ROOMS = {"guards", "optim"}
+
 __all__ = [
+    "GORP",
     "PEGP",
     "Certificate",
     "ContinualTrainer",
+    "FreshLoRA",
+    "GradientMemory",
     "Guard",
     "InfLoRA",
     "LinearSchedule",
@@ -61,6 +82,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"growthring.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'growthring' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"growthring.{_HOME[name]}"), name)
@@ -69,4 +92,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -119,6 +119,54 @@ def test_an_encoder_decoder_has_two_stacks_and_cross_attention():
     assert all(s.token_embedding is not None for s in found.stacks)
 
 
+def test_self_attention_and_cross_attention_are_told_apart():
+    found = map_modules(MAKE["t5"]())
+    for part in ("query", "value"):
+        own, cross = found.linears(f"self_{part}"), found.linears(f"cross_{part}")
+        assert set(own) | set(cross) == set(found.linears(part))
+        assert len(own) == 4
+        assert all(".SelfAttention." in name for name in own)
+        assert cross == tuple(f"decoder.block.{i}.layer.1.EncDecAttention.{part[0]}" for i in range(2))
+    assert map_modules(MAKE["bert"]()).linears("self_query") == map_modules(MAKE["bert"]()).linears("query")
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [("llama", "gate_proj"), ("qwen3", "gate_proj"), ("t5-encoder", "wi_0"), ("bert", None), ("gpt2", None)],
+)
+def test_the_gate_of_an_mlp_is_the_layer_that_is_activated(name, gate):
+    found = map_modules(MAKE[name]())
+    gates = [mlp.gate for block in found.blocks for mlp in block.mlps]
+    assert [one and one.split(".")[-1] for one in gates] == [gate] * 2
+    if gate is None:
+        with pytest.raises(ConfigError, match="no linear layers of role 'mlp_gate'"):
+            found.linears("mlp_gate")
+    else:
+        assert set(found.linears("mlp_gate")) == set(gates) < set(found.linears("mlp_up"))
+
+
+@pytest.mark.parametrize("activated", ["first", "second", "neither", "both"])
+def test_the_gate_does_not_depend_on_names_or_order(activated):
+    class Gated(Gamma):
+        def __init__(self):
+            super().__init__(False)
+            self.key = nn.Linear(16, 40)
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.down, self.value, self.fc2))
+            x = x + self.up(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            first, second = self.q_proj(x), self.key(x)
+            first = torch.tanh(first) if activated in ("first", "both") else first
+            second = torch.tanh(second) if activated in ("second", "both") else second
+            return x + self.query(second * first)
+
+    model = Odd()
+    model.layers = nn.ModuleList([Gated()])
+    (mlp,) = map_modules(model).blocks[0].mlps
+    assert mlp.up == ("layers.0.q_proj", "layers.0.key")
+    assert mlp.gate == {"first": "layers.0.q_proj", "second": "layers.0.key"}.get(activated)
+
+
 def test_embeddings():
     bert = map_modules(MAKE["bert"]()).stacks[0]
     assert (bert.embeddings, bert.token_embedding, bert.modality) == (
@@ -331,7 +379,11 @@ def test_a_query_of_two_layers_is_refused():
 def test_roles():
     found = map_modules(MAKE["llama"]())
     for role in ROLES:
-        assert found.linears(role)
+        if not role.startswith("cross_"):
+            assert found.linears(role)
+    for role in ("cross_query", "cross_value"):
+        with pytest.raises(ConfigError, match=f"no linear layers of role '{role}'"):
+            found.linears(role)
     assert found.linears("attention_input")[:3] == tuple(found.linears(r)[0] for r in ("query", "key", "value"))
     assert len(found.linears("mlp_up")) == 4
     with pytest.raises(ConfigError, match="did you mean 'query'"):

@@ -48,6 +48,9 @@ def test_methods_for_people(cli):
     assert "linear 0.97, rising to 1 over 11 tasks" in cli("methods", "gpm").stdout
     assert "linear all above 10 times the smallest" in cli("methods", "adam-nscl").stdout
     assert " 0.95" in cli("methods", "inflora").stdout
+    words = " ".join(cli("methods", "gorp").stdout.split())
+    assert "optimizer gorp" in words
+    assert "learning rate 0.001, 0.0001 for the weights beside LoRA unless given" in words
 
 
 def test_schema_is_the_schema_of_the_configuration(cli):
@@ -93,6 +96,21 @@ def test_sites_without_a_guard_say_what_that_costs(cli, tiny_stream):
     words = " ".join(cli("sites", tiny_stream("sequential-adapter")).stdout.split())
     assert "no guard: 16 free" in words
     assert "why: the method has no guard cost: old outputs may change through it, by any amount" in words
+
+
+def test_sites_say_how_an_optimizer_of_the_method_treats_tensors(cli, tiny_stream):
+    file = tiny_stream("gorp", optimizer={"rank": 4})
+    result = cli("sites", file)
+    assert result.exit_code == 0, result.stderr
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert "optimizer: 2 projected (rank 4), 8 as AdamW" in lines
+    place = lines.index("projected, basis on the right")
+    assert lines[place + 1].startswith("why: 4 of 32 input directions")
+    assert lines[place + 2].split() == ["2", "64", "x", "32", "intermediate.dense.weight"]
+    values = json.loads(cli("sites", file, "--json").stdout)
+    assert len(values["optimizer"]) == 10
+    assert {"name", "shape", "treatment", "side", "rank", "why"} == set(values["optimizer"][0])
+    assert json.loads(cli("sites", tiny_stream("pegp"), "--json").stdout)["optimizer"] == []
 
 
 def test_sites_as_json_name_every_tensor_and_nothing_else(cli, tiny_stream):

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import shlex
 import shutil
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner
@@ -95,11 +97,26 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``torchrun`` tells a script that runs on one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.language in ("python", "yaml") for b in blocks_of(p))], ids=name_of
 )
-def test_every_example_runs(page: Path, folder: Path) -> None:
+def test_every_example_runs(page: Path, folder: Path, request: pytest.FixtureRequest) -> None:
     """Blocks in order; Python blocks of a page share their names, YAML blocks become files under their titles."""
+    if page.stem == "distributed":
+        request.getfixturevalue("one_rank")
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks_of(page):
         with no_warning_of_ours(page):
@@ -110,7 +127,12 @@ def test_every_example_runs(page: Path, folder: Path) -> None:
             elif block.language == "python":
                 padding = "\n" * (block.line - 1)  # so that a traceback shows the line of the page
                 exec(compile(padding + block.text, str(page), "exec", dont_inherit=True), names)
-            elif block.language == "bash" and page.stem in ("tutorial-cli", "tutorial-images", "scenarios"):
+            elif block.language == "bash" and page.stem in (
+                "tutorial-cli",
+                "tutorial-gorp",
+                "tutorial-images",
+                "scenarios",
+            ):
                 for line in block.text.splitlines():
                     words = shlex.split(line, comments=True)[1:]
                     # the first block is an overview, before the files that it names

@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from gorp_lines import gorp_lines, gorp_step
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {"cores": 2, "threads": 1, "processor": "x86_64", "versions": {"torch": "9.9.9"}}
@@ -160,6 +161,8 @@ def stored() -> dict[str, Any]:
             "rows": [step, {**step, "adapter": "linear", "batch_tokens": 1024}],
         },
         "pegp_quality.jsonl": quality(),
+        "gorp_quality.jsonl": gorp_lines(MACHINE),
+        "gorp_step.json": gorp_step(MACHINE),
         "pegp_drift.json": {
             "machine": MACHINE,
             "steps": 200,
@@ -384,6 +387,8 @@ def test_zero_shot_says_when_seeds_are_missing(tables: ModuleType, repository: P
         "pegp_overhead.json",
         "pegp_drift.json",
         "zero_shot.json",
+        "gorp_quality.jsonl",
+        "gorp_step.json",
     ],
 )
 def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:

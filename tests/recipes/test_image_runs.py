@@ -26,7 +26,8 @@ def config(world, method, model="my-vit", **changes):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_images(method, image_world):
-    trainer = build(config(image_world, method))
+    own = {"optimizer": {"rank": 4}} if METHODS[method].optimizer else {}
+    trainer = build(config(image_world, method, **own))
     assert (trainer.stream.modality, trainer.model.kind) == ("image", "image")
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     result = trainer.fit()

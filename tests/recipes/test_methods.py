@@ -13,6 +13,7 @@ from growthring.guards.energy import KINDS, parse_energy
 from growthring.recipes import method_settings
 from growthring.recipes._method import SITE_KINDS, TRAINS
 from growthring.recipes.methods import METHODS, get_method
+from growthring.recipes.optimizer_settings import OPTIMIZER_DEFAULTS
 
 
 def test_the_registry_names_every_method_of_the_demo_and_more():
@@ -21,6 +22,7 @@ def test_the_registry_names_every_method_of_the_demo_and_more():
         "sequential-linear", "sequential-full", "joint",
         "pegp", "pegp-adapter", "pegp-prefix", "pegp-prompt", "pegp-ia3", "pegp-linear",
         "gpm", "adam-nscl", "inflora", "o-lora",
+        "galore", "gorp", "gorp-full",
     ]  # fmt: skip
     assert all(name == method.name for name, method in METHODS.items())
 
@@ -40,14 +42,21 @@ def test_energies_are_given_exactly_for_the_kinds_a_guard_protects(method):
         assert tuple(method.energy) == method.kinds
         parse_energy(method.energy)
     else:
-        assert isinstance(method.energy, float) == (method.guard == "inflora")
+        assert isinstance(method.energy, float) == (method.guard in ("inflora", "gradient-memory"))
 
 
 def test_kinds_of_sites_and_roles_are_those_of_the_rooms_that_have_them():
     assert set(get_args(method_settings.Kind)) == set(KINDS)
     assert {kind for kinds in SITE_KINDS.values() for kind in kinds} == set(KINDS)
-    assert set(get_args(method_settings.Role)) == {"all-linear", *ROLES}
+    assert set(get_args(method_settings.Role)) == {"preset", "all-linear", *ROLES}
     assert set(SITE_KINDS) == set(TRAINS) == set(method_settings.ADAPTER_DEFAULTS)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=str)
+def test_methods_with_an_optimizer_of_their_own(method):
+    assert method.optimizer in (None, *OPTIMIZER_DEFAULTS)
+    assert (method.full_rank_lr is not None) == (method.adapter == "lora+weights")
+    assert (method.guard == "gradient-memory") == (method.optimizer == "gorp")
 
 
 def test_the_published_rules_of_the_family_are_what_the_guard_makes_of_them():

@@ -24,11 +24,12 @@ def test_every_method_trains_what_it_says_and_writes_a_run_folder(
     name, tiny_stream, tiny_encoder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    config = load_config(tiny_stream(name))
-    result = run(config, tmp_path / "out")
     method, folder = METHODS[name], tmp_path / "out"
+    config = load_config(tiny_stream(name, **({"optimizer": {"rank": 4}} if method.optimizer else {})))
+    result = run(config, folder)
     held = {path.name for path in folder.iterdir()}
-    weights = "adapter" if ADAPTER_DEFAULTS[method.adapter] else "model"
+    stock = bool(ADAPTER_DEFAULTS[method.adapter]) and method.adapter != "lora+weights"
+    weights = "adapter" if stock else "model"
     expected = {"config.yaml", "results.json", "log.jsonl", "report.html", "head.json", "head.safetensors", weights}
     assert held == expected | ({"memory"} if method.guard else set())
     assert {path.name for path in tmp_path.iterdir()} == {"data", "stream.yaml", "out"}, (
@@ -39,7 +40,10 @@ def test_every_method_trains_what_it_says_and_writes_a_run_folder(
     assert stored["rows"] == (["untouched", "joint"] if method.joint else ["untouched", "animals", "traffic"])
     assert [len(row) for row in stored["matrix"]] == [2] * len(stored["rows"])
     assert (stored["method"], stored["title"], stored["name"]) == (name, method.title, "out")
-    assert len(stored["certificates"]) == (2 if method.guard else 0)
+    guards = {c["guard"] for c in stored["certificates"]}
+    assert guards == {method.guard, *(["fresh-lora"] if name == "gorp" else [])} - {None}
+    assert len(stored["certificates"]) == 2 * len(guards)
+    assert bool(stored["optimizer"]) == (method.optimizer is not None)
     assert stored["matrix"] == result.matrix.to_list()
     again = load_config(folder / "config.yaml")
     assert again.resolved() == stored["config"]
@@ -49,7 +53,7 @@ def test_every_method_trains_what_it_says_and_writes_a_run_folder(
 
     base = AutoModel.from_pretrained(str(tiny_encoder))
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    if ADAPTER_DEFAULTS[method.adapter]:
+    if stock:
         import growthring.adapters  # noqa: F401  # registers what PEFT does not have
 
         first = build(config).model.encoder.state_dict()
@@ -127,10 +131,15 @@ def test_settings_reach_the_trainer(tiny_stream, tmp_path, monkeypatch):
 
 def test_defaults_of_the_guards_are_their_own():
     guards = growthring.guards
-    for guard, kind in (("pegp", guards.PEGP), ("inflora", guards.InfLoRA), ("o-lora", guards.OLoRA)):
+    kinds = {
+        "pegp": guards.PEGP, "inflora": guards.InfLoRA, "o-lora": guards.OLoRA,
+        "gradient-memory": guards.GradientMemory,
+    }  # fmt: skip
+    assert set(kinds) == set(GUARD_DEFAULTS)
+    for guard, kind in kinds.items():
         signature = inspect.signature(kind).parameters
         for name, default in GUARD_DEFAULTS[guard].items():
-            if name != "energy":  # that is the method's
+            if name != "energy" and (guard, name) != ("gradient-memory", "mode"):  # the method's; several at once
                 assert default == signature[name].default, name
 
 

@@ -3,27 +3,31 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
 from growthring.errors import GuardError
 from growthring.recipes import METHODS, build, explain_sites, group_sites, load_config, run, sites_line
 from growthring.recipes.sites import TREATMENTS
+from growthring.report import optimizer_line
 
 PEGP = [name for name, method in METHODS.items() if method.guard == "pegp"]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_trainable_tensor_is_in_the_report_once(name, tiny_stream):
-    trainer = build(load_config(tiny_stream(name)))
-    rows = explain_sites(trainer)
+    method = METHODS[name]
+    trainer = build(load_config(tiny_stream(name, **({"optimizer": {"rank": 4}} if method.optimizer else {}))))
+    everything = explain_sites(trainer)
     trainable = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    rows = [row for row in everything if row["guard"] == method.guard]
     assert sorted(row["name"] for row in rows) == sorted(trainable)
-    assert {row["guard"] for row in rows} == {METHODS[name].guard}
-    for row in rows:
+    assert {row["guard"] for row in everything} == {method.guard, *(["fresh-lora"] if name == "gorp" else [])}
+    for row in everything:
         assert row["treatment"] in TREATMENTS
-        assert bool(row["condition"]) == (row["treatment"] == "protected") or METHODS[name].guard == "inflora"
+        assert bool(row["condition"]) == (row["treatment"] == "protected") or method.guard == "inflora"
         if row["treatment"] == "free" and name != "joint":
             assert row["why"]
-            assert row["cost"]
+            assert row["cost"] or method.guard == "gradient-memory"
 
 
 @pytest.mark.filterwarnings("ignore:PEGP.*no free direction:UserWarning")  # three rows fill a prompt of width 32
@@ -70,6 +74,32 @@ def test_rows_that_differ_in_a_number_only_are_one(tiny_stream):
     assert [(g["pattern"], g["count"]) for g in group_sites(named)] == [("a.*.b2", 2), ("a.*.b3", 1)]
     apart = [rows[0], {**rows[0], "shape": [1, 1]}, {**rows[0], "treatment": "held"}]
     assert len(group_sites(apart)) == 3
+
+
+def test_rows_of_an_optimizer_are_grouped_and_summed_too(tiny_stream, tmp_path, caplog):
+    trainer = build(load_config(tiny_stream("gorp", optimizer={"rank": 4}, head="linear")))
+    explain_sites(trainer)
+    before = torch.random.get_rng_state()
+    plans = trainer.explain_optimizer()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    treated = {row["name"].split(".")[-3]: row["treatment"] for row in plans if "lora_" in row["name"]}
+    assert treated == {"lora_A": "adamw", "lora_B": "adamw"}
+    treated = {row["name"]: (row["treatment"], row["rank"]) for row in plans if "lora_" not in row["name"]}
+    assert treated == {
+        **{f"encoder.base_model.model.encoder.layer.{i}.intermediate.dense.weight": ("projected", 4) for i in (0, 1)},
+        "head.blocks.0.weight": ("adamw", None),
+    }
+    groups = group_sites(plans)
+    assert sum(group["count"] for group in groups) == len(plans) == 11
+    assert {group["count"] for group in groups} == {1, 2}
+    assert optimizer_line(plans) == "optimizer: 2 projected (rank 4), 9 as AdamW"
+    assert optimizer_line([]) == ""
+    with caplog.at_level(logging.INFO, logger="growthring"):
+        result = run(load_config(tiny_stream("gorp", optimizer={"rank": 4}, head="linear")), tmp_path / "out")
+    assert optimizer_line(plans) in caplog.messages
+    assert result.optimizer == plans
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Optimizer: 2 projected (rank 4), 9 as AdamW" in page
 
 
 def test_a_run_says_it_in_one_line(tiny_stream, tmp_path, caplog):

@@ -27,6 +27,7 @@ Mark = tuple[
     str, Any
 ]  # ("linear", name) | ("attended", number) | ("scores", number) | ("probs", number) | ("input", key)
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+_TIMES = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 
 
 def plain_name(name: str) -> str:
@@ -79,6 +80,7 @@ class Trace:
         attentions: Attentions in order; without ``value`` where two products had no softmax between them.
         modules: Uses of other modules in the order in which they ended.
         norms: Names of normalisation layers in order.
+        gates: Linear layers of which something other than the output itself multiplied another one's output.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class Trace:
     attentions: list[AttentionCall] = field(default_factory=list)
     modules: list[ModuleCall] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
+    gates: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # weak, so that the pass needs no more memory than any other
@@ -198,11 +201,22 @@ class Trace:
                 self._keys[len(self.attentions)] = tensors[-1].mT
                 self.attentions.append(AttentionCall(where, left, right))
                 marks = frozenset({("scores", len(self.attentions) - 1)})
+        elif name in _TIMES:
+            self._see_gate(*(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)))
         elif name in ("softmax", "_softmax"):
             marks = frozenset(("probs", number) if kind == "scores" else (kind, number) for kind, number in marks)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._set(leaf, marks)
+
+    def _see_gate(self, *factors: Tensor) -> None:
+        """``act(gate(x)) * up(x)``: one factor is a linear layer's very output, the other was made of another's."""
+        if len(factors) != 2:
+            return
+        made = [{mark[1] for mark in self.union(factor) if mark[0] == "linear"} for factor in factors]
+        plain = [any(factor is output for _, output in self._outputs) for factor in factors]
+        if len(made[0]) == len(made[1]) == 1 and made[0] != made[1] and plain[0] != plain[1]:
+            self.gates |= made[plain[0]]
 
     def _in_thirds(self, key: Tensor, value: Tensor) -> bool:
         """Whether a linear layer's output ends with these keys and values, heads one after another inside each."""

@@ -144,7 +144,7 @@ def _block(trace: Trace, kind: str, name: str, numbers: list[int]) -> Block:
         up = feeds[down]
         while any(source in feeds for source in up):
             up = tuple(dict.fromkeys(first for source in up for first in feeds.get(source, (source,))))
-        mlps.append(Mlp(up, down))
+        mlps.append(Mlp(up, down, next((first for first in up if first in trace.gates), None)))
     norms = tuple(dict.fromkeys(norm for norm in trace.norms if _inside(norm, name)))
     return Block(name, attentions, tuple(mlps), norms)
 

@@ -12,10 +12,15 @@ ROLES = {
     "query": "query projections",
     "key": "key projections",
     "value": "value projections",
+    "self_query": "query projections of self-attention",
+    "self_value": "value projections of self-attention",
+    "cross_query": "query projections of cross-attention (a decoder that attends to an encoder)",
+    "cross_value": "value projections of cross-attention",
     "attention_input": "query, key and value projections, fused or not",
     "attention_output": "projections of the attended values back to the width of the model",
     "attention": "all of attention's linear layers",
     "mlp_up": "linear layers into the MLP, gates included",
+    "mlp_gate": "linear layers whose activation multiplies the rest of a gated MLP",
     "mlp_down": "linear layers out of the MLP",
     "mlp": "all of the MLP's linear layers",
     "all": "all of attention's and the MLP's linear layers",
@@ -63,10 +68,13 @@ class Mlp:
     Attributes:
         up: Linear layers that read the MLP's input; two of them in a gated MLP.
         down: Linear layer that gives its output.
+        gate: The one of ``up`` whose activation multiplies the other's output; ``None`` in an MLP without a gate, or
+            with both in one fused layer.
     """
 
     up: tuple[str, ...]
     down: str
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +171,9 @@ class ModuleMap:
         names: list[str | None] = []
         for block in self.blocks:
             for part in block.attentions:
-                if role in ("query", "key", "value"):
-                    names.append(getattr(part, role))
+                kind, _, projection = role.rpartition("_")
+                if projection in ("query", "key", "value") and kind in ("", "cross" if part.cross else "self"):
+                    names.append(getattr(part, projection))
                 if role in ("attention_input", "attention", "all"):
                     names += part.inputs
                 if role in ("attention_output", "attention", "all"):
@@ -172,6 +181,8 @@ class ModuleMap:
             for mlp in block.mlps:
                 if role in ("mlp_up", "mlp", "all"):
                     names += mlp.up
+                if role == "mlp_gate":
+                    names.append(mlp.gate)
                 if role in ("mlp_down", "mlp", "all"):
                     names.append(mlp.down)
         found = tuple(dict.fromkeys(name for name in names if name is not None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +14,9 @@ from rich.text import Text
 from growthring.errors import ConfigError, DataError, nearest
 
 from . import _console
+
+if TYPE_CHECKING:
+    from growthring.recipes import Method
 
 __all__ = ["methods", "report", "schema"]
 
@@ -60,7 +63,8 @@ def methods(
         ("cost", method.cost),
         ("use when", method.use_when),
         ("not when", method.avoid_when),
-        ("learning rate", f"{method.learning_rate:g} unless given"),
+        *((("optimizer", method.optimizer),) if method.optimizer is not None else ()),
+        ("learning rate", f"{_rates(method)} unless given"),
         *((("energy", _energy(method.energy)),) if method.energy is not None else ()),
     ):
         grid.add_row(Text(key, style="dim"), value)
@@ -109,6 +113,12 @@ def schema() -> None:
     from growthring.recipes.config import config_schema
 
     typer.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+
+
+def _rates(method: Method) -> str:
+    """The learning rate, and that of weights beside LoRA."""
+    apart = f", {method.full_rank_lr:g} for the weights beside LoRA" if method.full_rank_lr is not None else ""
+    return f"{method.learning_rate:g}{apart}"
 
 
 def _energy(energy: Any) -> str:

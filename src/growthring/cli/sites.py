@@ -18,6 +18,7 @@ from . import _console
 __all__ = ["sites"]
 
 _STYLES = {"protected": "green", "held": "yellow", "frozen": "yellow", "free": "red"}
+_ORDER = ("protected", "projected", "held", "adamw", "frozen", "free")
 
 
 def sites(
@@ -30,6 +31,8 @@ def sites(
     ] = False,
 ) -> None:
     """Say, before anything is trained, what protects every trainable tensor, or why nothing does and what that costs.
+
+    Methods with an optimizer of their own also say how that treats each of them.
 
     Examples:
         growthring sites stream.yaml
@@ -45,27 +48,32 @@ def sites(
     with _console.quiet_libraries():
         from growthring.recipes.runner import build
         from growthring.recipes.sites import explain_sites, group_sites, sites_line
+        from growthring.report import optimizer_line
 
         trainer = build(settings)
-        rows = explain_sites(trainer)
+        rows, plans = explain_sites(trainer), trainer.explain_optimizer()
     line = sites_line(rows)
     if as_json:
         values = {"method": settings.method, "title": settings.title, "summary": line, "tensors": rows}
+        values |= {"optimizer": plans}
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
         return
     console = _console.output()
     console.print(Text(f"{settings.title} ({settings.method})", style="bold"))
     console.print(line, markup=False)
-    groups = group_sites(rows)
-    front = _common([group["pattern"] for group in groups])
-    for same in _alike(groups):
+    groups, treated = group_sites(rows), group_sites(plans)
+    front = _common([group["pattern"] for group in (*groups, *treated)])
+    for same in _alike(groups, ("guard", "treatment", "kinds", "condition", "why", "cost")):
         console.print()
         console.print(_heading(same[0], sum(group["count"] for group in same)))
-        table = Table(show_edge=False, pad_edge=False, box=None, show_header=False, padding=(0, 2, 0, 0))
-        for group in same:
-            shape = " x ".join(map(str, group["shape"])) or "1"
-            table.add_row(f"  {group['count']}", Text(shape), Text(group["pattern"][len(front) :]))
-        console.print(table)
+        console.print(_table(same, front))
+    if treated:
+        console.print(f"\n{optimizer_line(plans)}", markup=False)
+    for same in _alike(treated, ("treatment", "side", "why")):
+        console.print()
+        side = f", basis on the {same[0]['side']}" if same[0]["side"] else ""
+        console.print(Text(f"{same[0]['treatment']}{side}", style="bold").append(f"\n  why: {same[0]['why']}", "dim"))
+        console.print(_table(same, front))
     if front:
         console.print(f"\nAll names begin with {front}", style="dim", markup=False)
 
@@ -83,13 +91,21 @@ def _heading(group: Mapping[str, Any], count: int) -> Text:
     return text
 
 
-def _alike(groups: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Groups that differ in names and shapes only, together; protected ones first, free ones last."""
+def _table(groups: Sequence[Mapping[str, Any]], front: str) -> Table:
+    """How many, of which shape, under which name."""
+    table = Table(show_edge=False, pad_edge=False, box=None, show_header=False, padding=(0, 2, 0, 0))
+    for group in groups:
+        shape = " x ".join(map(str, group["shape"])) or "1"
+        table.add_row(f"  {group['count']}", Text(shape), Text(group["pattern"][len(front) :]))
+    return table
+
+
+def _alike(groups: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[list[Mapping[str, Any]]]:
+    """Groups that have these in common, together; protected or projected ones first, free ones last."""
     together: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for group in groups:
-        key = tuple(str(group[name]) for name in ("guard", "treatment", "kinds", "condition", "why", "cost"))
-        together.setdefault(key, []).append(group)
-    return sorted(together.values(), key=lambda same: list(_STYLES).index(same[0]["treatment"]))
+        together.setdefault(tuple(str(group[key]) for key in keys), []).append(group)
+    return sorted(together.values(), key=lambda same: _ORDER.index(same[0]["treatment"]))
 
 
 def _common(patterns: Sequence[str]) -> str:

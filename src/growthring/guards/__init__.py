@@ -3,6 +3,8 @@
 from .base import Certificate, Guard, GuardCallback, SiteCertificate
 from .branches import merge_branches
 from .energy import CANDIDATES, Energy, LinearSchedule, NullRatio
+from .fresh_lora import FreshLoRA
+from .gradient_memory import GradientMemory
 from .inflora import InfLoRA
 from .olora import OLoRA
 from .pegp import PEGP
@@ -13,6 +15,8 @@ __all__ = [
     "PEGP",
     "Certificate",
     "Energy",
+    "FreshLoRA",
+    "GradientMemory",
     "Guard",
     "GuardCallback",
     "InfLoRA",

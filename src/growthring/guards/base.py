@@ -6,8 +6,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -104,7 +106,7 @@ class Certificate:
 class Guard(ABC):
     """What a step must not change, and what is remembered between tasks.
 
-    The order of calls: :meth:`attach` once; for every task :meth:`begin_task`, then for every step
+    The order of calls: :meth:`attach` once; for every task :meth:`begin_task` and :meth:`bind`, then for every step
     :meth:`before_step` (gradients are ready, clipped and unscaled), the optimizer's step, :meth:`after_step`; then
     :meth:`end_task`.
     """
@@ -132,6 +134,16 @@ class Guard(ABC):
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor | None:
         """A term to add to the loss, or ``None``."""
         return None
+
+    def bind(self, optimizer: torch.optim.Optimizer | None) -> None:  # noqa: B027
+        """Meet the optimizer that will step: one that can, keeps protected directions free by itself.
+
+        Called after :meth:`begin_task` by :class:`GuardCallback`; call it yourself in a loop of your own. A guard need
+        not use it, and does its work under any optimizer without it.
+
+        Args:
+            optimizer: The optimizer, in accelerate's wrapper or not; ``None`` changes nothing.
+        """
 
     def before_step(self) -> None:  # noqa: B027
         """Trim the gradients, so that optimizer statistics stay clean."""
@@ -171,7 +183,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         self.guard, self._loss_added = guard, loss_added
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the model that trains and anchor it."""
+        """Attach to the model that trains, anchor it, and bind to the optimizer."""
         if type(self.guard).loss is not Guard.loss and not self._loss_added:
             raise GuardError(
                 f"the guard {self.guard.name!r} adds a term to the loss, and callbacks of a plain Trainer cannot: "
@@ -183,6 +195,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             raise GuardError("the Trainer gave its callbacks no model; growthring needs transformers 5.8 or newer")
         self.guard.attach(model)
         self.guard.begin_task()
+        self.guard.bind(unwrapped(kwargs.get("optimizer")))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trim the gradients."""
@@ -191,3 +204,10 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the constraint."""
         self.guard.after_step()
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside accelerate's wrapper."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return cast("torch.optim.Optimizer | None", optimizer)

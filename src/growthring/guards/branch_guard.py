@@ -1,4 +1,4 @@
-"""What InfLoRA and O-LoRA share: a branch for every task, made before it trains and closed when it has ended."""
+"""What InfLoRA, O-LoRA and FreshLoRA share: a branch for every task, made before it trains, closed after it."""
 
 from __future__ import annotations
 
@@ -265,12 +265,7 @@ class BranchGuard(Guard):
         branches = self._attached()
         if not self._marks:
             return
-        now = branches.marks()
-        size: dict[str, float] = dict.fromkeys(now, 1e-6)
-        for name in branches.names():
-            for layer, f in branches.factors(name):
-                rounding = 1e-2 if f.a.dtype in _NARROW else 1e-4
-                size[layer] += rounding * abs(f.scale) * float(f.a.detach().norm()) * float(f.b.detach().norm())
+        now, size = self._computed(branches), self._rounding(branches)
         moved = [layer for layer, mark in self._marks.items() if abs(now[layer] - mark) > size[layer]]
         if moved:
             warnings.warn(
@@ -278,6 +273,19 @@ class BranchGuard(Guard):
                 f"ended (the first: {moved[0]}). Load them again, or go on: what changed them was not guarded",
                 stacklevel=3,
             )
+
+    def _computed(self, branches: Branches) -> dict[str, float]:
+        """One number a layer for what must not change between two tasks."""
+        return branches.marks()
+
+    def _rounding(self, branches: Branches) -> dict[str, float]:
+        """By how much rounding may change each of them."""
+        size: dict[str, float] = dict.fromkeys(branches.layers, 1e-6)
+        for name in branches.names():
+            for layer, f in branches.factors(name):
+                rounding = 1e-2 if f.a.dtype in _NARROW else 1e-4
+                size[layer] += rounding * abs(f.scale) * float(f.a.detach().norm()) * float(f.b.detach().norm())
+        return size
 
     def _finish(self, task: str, notes: list[str]) -> bool:
         """Close the branch under way; returns whether earlier branches are what they were."""
@@ -294,7 +302,7 @@ class BranchGuard(Guard):
             )
         self.tasks.append(task)
         self.current, self._sums = "", []
-        self._marks = branches.marks()
+        self._marks = self._computed(branches)
         return intact
 
     def _outside(self) -> list[str]:

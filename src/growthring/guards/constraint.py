@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ class _Pass:
 class Constraint:
     """``theta = theta_0 + D - (D U) U^T`` at every guarded site, and ``theta = theta_0`` for what is held.
 
-    Two sites may lie on one tensor, along its rows and along its columns (prompts): their projections commute, and are
-    applied one after the other.
+    Two sites may lie on one tensor, along its rows and along its columns (prompts, the two sides of a matrix): their
+    projections commute, and are applied one after the other.
 
     Args:
         parameters: The model's parameters by name.
@@ -65,13 +65,23 @@ class Constraint:
         exact: bool = True,
     ) -> None:
         self._parameters, self._exact = dict(parameters), exact
-        self.guarded, self._spaces = list(guarded), list(spaces)
+        self.guarded, self.spaces = list(guarded), list(spaces)
         old: dict[str, Tensor] = {**before.anchors, **before.held} if before is not None else {}
         tensors = dict.fromkeys(name for site in self.guarded for name in site.tensors)
         self.anchors: dict[str, Tensor] = {n: old[n] if n in old else self._copy(n) for n in tensors}
         self.held: dict[str, Tensor] = {n: old[n] if n in old else self._copy(n) for n in held}
         self._passes: list[_Pass] = []
-        for site, space in zip(self.guarded, self._spaces, strict=True):
+        self.leave_to(())
+
+    def leave_to(self, others: Collection[str]) -> None:
+        """Sweep all guarded sites but those on the named tensors, which somebody else (an optimizer) keeps outside.
+
+        Their anchors stay, and :meth:`leaks` still measures them.
+        """
+        self._passes = []
+        for site, space in zip(self.guarded, self.spaces, strict=True):
+            if site.parameter in others:
+                continue
             part = next((p for p in self._passes if not p.touches(site)), None)
             if part is None:
                 part = _Pass()
@@ -119,13 +129,17 @@ class Constraint:
         leaks: dict[str, Leak] = {}
         now = {name: self._parameters[name].detach().double() for name in self.anchors}
         then = {name: anchor.double() for name, anchor in self.anchors.items()}
-        for site, space in zip(self.guarded, self._spaces, strict=True):
+        for site, space in zip(self.guarded, self.spaces, strict=True):
             anchor = site.read(then)
             delta = site.read(now) - anchor
             size = float(delta.norm())
             eps = min(torch.finfo(self._parameters[site.parameter].dtype).eps, torch.finfo(torch.float32).eps)
             leaks[site.name] = Leak(space.share(delta), eps / 2 * float(anchor.norm()) / size if size else 0.0)
         return leaks
+
+    def narrow(self) -> int:
+        """Number of guarded sites whose tensor is in half precision."""
+        return sum(self._parameters[s.parameter].dtype in (torch.float16, torch.bfloat16) for s in self.guarded)
 
     def moved(self) -> list[str]:
         """Names of held tensors that are not where they are held."""

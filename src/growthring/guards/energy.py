@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,12 +126,13 @@ CANDIDATES: tuple[Mapping[str, float], ...] = (
 """What ``energy="auto"`` tries at the first task boundary, most protective first."""
 
 
-def parse_energy(value: Any) -> Energy:
+def parse_energy(value: Any, kinds: Sequence[str] = KINDS) -> Energy:
     """Check an energy given by a user or read from a file.
 
     Args:
         value: A number in (0, 1]; a :class:`LinearSchedule` or ``{"start", "end", "tasks"}``; a :class:`NullRatio` or
             ``{"times"}``; a mapping from kinds of sites to any of these; or ``"auto"``.
+        kinds: Kinds of sites that a mapping may name.
 
     Returns:
         The same, with rules as objects.
@@ -142,22 +143,24 @@ def parse_energy(value: Any) -> Energy:
     if value == "auto":
         return "auto"
     if isinstance(value, str) or value is None:
-        raise ConfigError(f"energy={value!r}: give a number in (0, 1], a mapping over {', '.join(KINDS)}, or 'auto'")
+        raise ConfigError(f"energy={value!r}: give a number in (0, 1], a mapping over {', '.join(kinds)}, or 'auto'")
     if isinstance(value, Mapping) and "start" not in value and "times" not in value:
         if not value:
-            raise ConfigError(f"energy={{}}: name at least one of {', '.join(KINDS)}")
+            raise ConfigError(f"energy={{}}: name at least one of {', '.join(kinds)}")
         for kind in value:
-            if kind not in KINDS:
-                raise ConfigError(f"energy names the unknown kind of site {kind!r}; {nearest(str(kind), KINDS)}")
+            if kind not in kinds:
+                raise ConfigError(f"energy names the unknown kind of site {kind!r}; {nearest(str(kind), kinds)}")
         return {kind: _parse_one(one, f"energy[{kind!r}]") for kind, one in value.items()}
     return _parse_one(value, "energy")
 
 
-def energy_for(energy: Energy, kind: str, task_index: int) -> float | NullRatio:
-    """The threshold, or the rule, for one kind of site after one task."""
+def energy_for(
+    energy: Energy, kind: str, task_index: int, default: Mapping[str, float] = DEFAULT_ENERGY
+) -> float | NullRatio:
+    """The threshold, or the rule, for one kind of site after one task; ``default`` where a mapping leaves it out."""
     if energy == "auto":
         raise ConfigError("energy='auto' has not been chosen yet")
-    one: Any = energy.get(kind, DEFAULT_ENERGY[kind]) if isinstance(energy, Mapping) else energy
+    one: Any = energy.get(kind, default[kind]) if isinstance(energy, Mapping) else energy
     if isinstance(one, NullRatio):
         return one
     return one.at(task_index) if isinstance(one, LinearSchedule) else float(one)

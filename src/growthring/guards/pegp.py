@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from torch import nn
 
-from growthring.errors import ConfigError, DataError, GuardError, nearest
+from growthring.errors import ConfigError, GuardError, nearest
 
-from . import marks, storage
-from .base import LEAK_LIMIT, Certificate, Guard, GuardCallback
+from . import marks, notes, storage
+from .base import Certificate, Guard, GuardCallback
 from .batches import evaluating
 from .constraint import Constraint, Leak
 from .energy import CANDIDATES, KINDS, Energy, energy_for, parse_energy
@@ -39,7 +38,6 @@ from .survey import Survey
 __all__ = ["PEGP"]
 
 logger = logging.getLogger(__name__)
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 class PEGP(Guard):
@@ -213,9 +211,9 @@ class PEGP(Guard):
         task = task or f"task-{index + 1}"
         leaks = self._task.leaks() if self._task else {}
         held = len(self._task.held) if self._task else 0
-        notes = self._notes(leaks)
+        told = self._notes(leaks)
         if self._task is None and self._changed():
-            notes.append("this task was trained without the guard: nothing was protected meanwhile")
+            told.append("this task was trained without the guard: nothing was protected meanwhile")
         with evaluating(model):
             change, compared = self._probes.change(model), self._probes.inputs
             collected = collect(model, attached.sites, batches, self.samples, self._exact_sites(index), self._probes)
@@ -224,10 +222,10 @@ class PEGP(Guard):
             resting = attached.resting(self._memory) if before is None else {}
             sites = self._memory.grow(collected, energy, index, attached.parameters, leaks, resting)
         if resting:
-            notes.append(f"{len(resting)} factors B are zero still: their A was moved to read nothing protected")
+            told.append(f"{len(resting)} factors B are zero still: their A was moved to read nothing protected")
         if before is not None:
             self._pending = (before, collected)
-            notes.append("energy='auto' is not chosen yet: these ranks are those of the most protective candidate")
+            told.append("energy='auto' is not chosen yet: these ranks are those of the most protective candidate")
         self.tasks.append(task)
         self._known = {original_name(n) for n, _ in model.named_parameters()}
         self._mark()
@@ -246,7 +244,7 @@ class PEGP(Guard):
             probes=compared,
             held=held,
             sites=tuple(sites),
-            notes=tuple(notes),
+            notes=tuple(told),
         )
         if self.exhausted():
             warnings.warn(
@@ -327,15 +325,7 @@ class PEGP(Guard):
             DataError: If the folder holds no whole memory of this guard, or one of a newer format.
             GuardError: If the memory belongs to another model, or needs one and none is given.
         """
-        settings, state = storage.load(Path(folder), cls.name)
-        try:
-            guard = cls(**settings)
-            if model is not None:
-                guard.attach(model)
-            guard.load_state_dict(state)
-        except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"the memory in {folder} is not whole: {type(error).__name__}: {error}") from error
-        return guard
+        return storage.restore(cls, cls.name, Path(folder), model)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain values."""
@@ -458,12 +448,7 @@ class PEGP(Guard):
         if not self.tasks:
             logger.info("PEGP: first task, nothing is protected yet; %d sites will be", len(self._attached().sites))
             return
-        if narrow := self._narrow(task):
-            warnings.warn(
-                f"PEGP: {narrow} protected tensors are in half precision; rounding them leaks more than 1e-5. Keep "
-                "trainable tensors in float32 (autocast may still compute in half precision)",
-                stacklevel=4,
-            )
+        notes.warn_narrow("PEGP", task, stacklevel=5)
         if self.exhausted():
             warnings.warn("PEGP: no free direction is left at any site; this task cannot change them", stacklevel=4)
         logger.info("PEGP: %d sites guarded, %d tensors held", len(task.guarded), len(task.held))
@@ -471,28 +456,11 @@ class PEGP(Guard):
             what = "held" if self.unprotected != "allow" else "left free, which the guarantee does not cover"
             logger.info("PEGP: %d trainable tensors have no condition and are %s", len(loose), what)
 
-    def _narrow(self, task: Constraint) -> int:
-        parameters = self._attached().parameters
-        return sum(parameters[s.parameter].dtype in _NARROW for s in task.guarded)
-
     def _notes(self, leaks: Mapping[str, Leak]) -> list[str]:
-        notes = []
-        if self._task and (moved := self._task.moved()):
-            notes.append(f"{len(moved)} held tensors have moved since the last step (the first: {moved[0]})")
-        if self._task and (narrow := self._narrow(self._task)):
-            notes.append(f"{narrow} tensors are kept in half precision: their leak is that of rounding")
-        elif rounded := [name for name, leak in leaks.items() if leak.rounding > LEAK_LIMIT]:
-            notes.append(
-                f"{len(rounded)} tensors moved by so little that rounding them to their dtype may leak more than 1e-5 "
-                f"of it (the first: {rounded[0]}); outputs change by rounding only"
-            )
-        if self.tasks and self.unprotected == "allow":
-            loose = [n for n in self._attached().loose() if n in self._known]
-            if loose:
-                notes.append(f"{len(loose)} trainable tensors were left free: the guarantee does not cover them")
-        fresh = [n for n, p in self._attached().parameters.items() if p.requires_grad and n not in self._known]
-        if self.tasks and fresh:
-            notes.append(
-                f"{len(fresh)} trainable tensors are new in this task: old inputs are covered if they do not use them"
-            )
-        return notes
+        found = notes.of_steps(self._task, leaks)
+        if self.tasks:
+            attached = self._attached()
+            loose = attached.loose() if self.unprotected == "allow" else ()
+            fresh = [n for n, p in attached.parameters.items() if p.requires_grad and n not in self._known]
+            found += notes.of_tensors([n for n in loose if n in self._known], fresh)
+        return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .site import Mode, Site
 
-__all__ = ["CONDITIONS", "HOLE", "TensorPlan", "plan"]
+__all__ = ["CONDITIONS", "HOLE", "NO_MATRIX", "TensorPlan", "bare", "plan"]
 
 Treatment = Literal["protected", "held", "frozen", "free"]
 
@@ -40,7 +40,7 @@ PAPER: Mapping[str, str] = {
 
 HOLE = "old outputs may change through it, by any amount"
 _LATER = "it trains until something is protected"
-_NO_MATRIX = "no condition: it is no matrix that multiplies features (bias, norm, embedding, or a shared weight)"
+NO_MATRIX = "no condition: it is no matrix that multiplies features (bias, norm, embedding, or a shared weight)"
 _UNSEEN = "no condition: its features were never seen (not used by old tasks, or used where no module shows them)"
 
 
@@ -104,7 +104,7 @@ def plan(
         kept = [s for s in mine if chosen is None or s.kind in chosen]
         shape = tuple(tensor.shape)
         rows.append(
-            _bare(name, shape, _UNSEEN, policy)
+            bare(name, shape, _UNSEEN, policy)
             if kept and name in unseen
             else _one(name, shape, mine, kept, mode, policy)
         )
@@ -124,14 +124,14 @@ def _one(
         return TensorPlan(name, shape, "free", (), "", f"left out by kinds=: {', '.join(left_out)}", HOLE)
     if loose_in_paper(name, mode):
         return TensorPlan(name, shape, "free", (), "", "mode='paper' has no condition for prefix values", HOLE)
-    return _bare(name, shape, _NO_MATRIX, policy)
+    return bare(name, shape, NO_MATRIX, policy)
 
 
-def _bare(name: str, shape: tuple[int, ...], why: str, policy: str) -> TensorPlan:
+def bare(name: str, shape: tuple[int, ...], why: str, policy: str) -> TensorPlan:
     """What happens to a tensor without a condition."""
     if policy == "allow":
         return TensorPlan(name, shape, "free", (), "", why, HOLE)
-    if policy == "freeze" and why == _NO_MATRIX:
+    if policy == "freeze" and why == NO_MATRIX:
         return TensorPlan(name, shape, "frozen", (), "", why, "it never trains")
     return TensorPlan(name, shape, "held", (), "", why, _LATER)
 

@@ -56,6 +56,7 @@ class Site:
             where dtypes differ, and the layer around it still shows that query, key and value share their input.
         scales: The parameter is a vector that scales features one by one (IA3), those that come in or go out.
         slots: For prefixes and prompts, where their rows stand and which of their features is meant.
+        flat: A tensor of more than two dimensions (a convolution), seen as the matrix ``(first, all others)``.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Site:
     outer: str = ""
     scales: Literal["", "input", "output"] = ""
     slots: Slots | None = None
+    flat: bool = False
 
     @property
     def parameter(self) -> str:
@@ -89,7 +91,12 @@ class Site:
         return self.columns[0] < other.columns[1] and other.columns[0] < self.columns[1]
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The site's part of its parameter, features along the last axis; shares storage."""
+        """The site's part of its parameter, features along the last axis.
+
+        It shares storage, except of a convolution whose weight is not contiguous (``channels_last``).
+        """
+        if self.flat:
+            tensor = tensor.reshape(tensor.shape[0], -1)
         if self.scales:
             return tensor.view(1, -1)
         if self.columns is not None:
@@ -97,7 +104,7 @@ class Site:
         return tensor.mT if self.transposed else tensor
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The site's matrix ``(rows, dim)``: a view of its parameter, or a copy where a bias is folded in."""
+        """The site's matrix ``(rows, dim)``: a view of its parameter, or a copy where there can be none."""
         matrix = self.view(tensors[self.parameter])
         return torch.cat([matrix, tensors[self.bias].unsqueeze(-1)], dim=-1) if self.bias else matrix
 
@@ -106,6 +113,9 @@ class Site:
         if self.bias:
             self.view(tensors[self.parameter]).copy_(matrix[:, :-1])
             tensors[self.bias].copy_(matrix[:, -1])
+        elif self.flat and not tensors[self.parameter].is_contiguous():
+            whole = tensors[self.parameter]
+            whole.copy_((matrix.mT if self.transposed else matrix).reshape(whole.shape))
 
 
 def original_name(name: str) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from growthring._io import write_json, write_with
-from growthring.errors import DataError
+from growthring.errors import ConfigError, DataError
 
-__all__ = ["FORMAT_VERSION", "load", "plain", "save"]
+from .base import Guard
+
+__all__ = ["FORMAT_VERSION", "load", "plain", "restore", "save"]
+
+_Kept = TypeVar("_Kept", bound=Guard)
 
 FORMAT_VERSION = 1
 _FORMAT = "growthring.memory"
@@ -115,6 +119,24 @@ def load(folder: Path, guard: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return dict(document["settings"]), build(document["state"])
     except (AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError, SafetensorError) as error:
         raise DataError(f"the memory in {folder} is not whole: {type(error).__name__}: {error}") from error
+
+
+def restore(cls: Callable[..., _Kept], name: str, folder: Path, model: nn.Module | None) -> _Kept:
+    """A guard made with the stored settings, attached to ``model`` if there is one, with the stored state.
+
+    Raises:
+        DataError: If the folder holds no whole memory of this guard, or one of a newer format.
+        GuardError: If the memory belongs to another model, or needs one and none is given.
+    """
+    settings, state = load(folder, name)
+    try:
+        guard = cls(**settings)
+        if model is not None:
+            guard.attach(model)
+        guard.load_state_dict(state)
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"the memory in {folder} is not whole: {type(error).__name__}: {error}") from error
+    return guard
 
 
 def _read(path: Path, save_id: str | None) -> dict[str, Tensor]:

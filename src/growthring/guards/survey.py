@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from .plan import loose_in_paper
 from .site import Mode, Site, original_name
 from .sites import find_sites, unprotected
 
-__all__ = ["Survey"]
+__all__ = ["Survey", "check_trainable"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ class Survey:
         self.parameters: dict[str, nn.Parameter] = {original_name(n): p for n, p in model.named_parameters()}
         self._covered = {n for s in self.sites for n in s.tensors}
         self._left_out = {n for s in everything for n in s.tensors} - self._covered
-        self._check_trainable(kinds)
+        what = "LoRA and IA3 on linear layers, bottleneck adapters, prefixes, prompts, and plain linear weights"
+        asked = f" of the kinds {', '.join(kinds)}" if kinds is not None else ""
+        check_trainable("PEGP", self.parameters, self.sites, what, asked)
         self._check_memory(memory)
 
     def loose(self) -> list[str]:
@@ -94,28 +96,6 @@ class Survey:
                 found[site.name] = other
         return found
 
-    def _check_trainable(self, kinds: Collection[str] | None) -> None:
-        trainable = [n for n, p in self.parameters.items() if p.requires_grad]
-        if not trainable:
-            raise GuardError(
-                "PEGP: no parameter of the model is trainable. Add an adapter (peft.get_peft_model) or set "
-                "requires_grad on the weights that should learn; a PEFT model loaded for inference needs "
-                "is_trainable=True"
-            )
-        if not any(self.parameters[s.parameter].requires_grad for s in self.sites):
-            asked = f" of the kinds {', '.join(kinds)}" if kinds is not None else ""
-            raise GuardError(
-                f"PEGP found no site{asked} among the {len(trainable)} trainable tensors (the first: "
-                f"{', '.join(trainable[:3])}). It protects LoRA and IA3 on linear layers, bottleneck adapters, "
-                "prefixes, prompts, and plain linear weights"
-            )
-        absent = [n for n in trainable if self.parameters[n].is_meta]
-        if absent:
-            raise GuardError(
-                f"PEGP: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load "
-                "the weights first"
-            )
-
     def _check_memory(self, memory: FeatureMemory) -> None:
         found = {s.name for s in self.sites}
         missing = [n for n in memory.site_space if n not in found]
@@ -130,3 +110,38 @@ class Survey:
                 raise GuardError(
                     f"{site.name} sees {site.dim} features, but the memory holds a basis of R^{space.dim}"
                 )
+
+
+def check_trainable(
+    who: str, parameters: Mapping[str, nn.Parameter], sites: Sequence[Site], what: str, asked: str = ""
+) -> None:
+    """Refuse a model in which a guard has nothing to protect.
+
+    Args:
+        who: Name of the guard, for messages.
+        parameters: All parameters by name.
+        sites: What the guard found.
+        what: What it protects, in words.
+        asked: Which of that it was asked for.
+
+    Raises:
+        GuardError: If nothing trains, no site does, or weights are not there yet (meta device).
+    """
+    trainable = [n for n, p in parameters.items() if p.requires_grad]
+    if not trainable:
+        raise GuardError(
+            f"{who}: no parameter of the model is trainable. Add an adapter (peft.get_peft_model) or set "
+            "requires_grad on the weights that should learn; a PEFT model loaded for inference needs "
+            "is_trainable=True"
+        )
+    if not any(parameters[s.parameter].requires_grad for s in sites):
+        raise GuardError(
+            f"{who} found no site{asked} among the {len(trainable)} trainable tensors (the first: "
+            f"{', '.join(trainable[:3])}). It protects {what}"
+        )
+    absent = [n for n in trainable if parameters[n].is_meta]
+    if absent:
+        raise GuardError(
+            f"{who}: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load "
+            "the weights first"
+        )

@@ -1,1 +1,9 @@
-"""Optimizers that step in gradient subspaces. Any ``torch.optim`` optimizer works with guards; none of ours yet."""
+"""Projected optimizers: how a gradient becomes a step."""
+
+from ._options import ParameterPlan
+from .factory import GORPFactory
+from .galore import GaLore
+from .gorp import GORP, Observer
+from .layerwise import LayerWise
+
+__all__ = ["GORP", "GORPFactory", "GaLore", "LayerWise", "Observer", "ParameterPlan"]

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["SITE_KINDS", "TRAINS", "AdapterKind", "GuardName", "Method", "Paper"]
+__all__ = ["SITE_KINDS", "TRAINS", "AdapterKind", "GuardName", "Method", "OptimizerName", "Paper"]
 
-AdapterKind = Literal["lora", "bottleneck", "prefix", "prompt", "ia3", "linear", "full"]
-GuardName = Literal["pegp", "inflora", "o-lora"]
+AdapterKind = Literal["lora", "lora+weights", "bottleneck", "prefix", "prompt", "ia3", "linear", "full"]
+GuardName = Literal["pegp", "inflora", "o-lora", "gradient-memory"]
+OptimizerName = Literal["gorp", "galore"]
 
 TRAINS: Mapping[AdapterKind, str] = MappingProxyType(
     {
         "lora": "a LoRA adapter",
+        "lora+weights": "LoRA and chosen linear weights",
         "bottleneck": "bottleneck adapters",
         "prefix": "a prefix",
         "prompt": "a prompt",
@@ -29,6 +31,7 @@ TRAINS: Mapping[AdapterKind, str] = MappingProxyType(
 SITE_KINDS: Mapping[AdapterKind, tuple[str, ...]] = MappingProxyType(
     {
         "lora": ("lora_A", "lora_B"),
+        "lora+weights": ("lora_A", "lora_B", "linear"),
         "bottleneck": ("adapter_down", "adapter_up"),
         "prefix": ("prefix_key", "prefix_value"),
         "prompt": ("prompt_key", "prompt_value"),
@@ -61,9 +64,12 @@ class Method:
         name: Short name, as in a configuration.
         title: Human name.
         summary: What it does, in a sentence or two.
-        adapter: What trains: ``"lora"``, ``"bottleneck"``, ``"prefix"``, ``"prompt"``, ``"ia3"``, ``"linear"`` (every
-            linear weight), ``"full"`` (everything).
-        guard: ``"pegp"``, ``"inflora"``, ``"o-lora"``, or ``None``.
+        adapter: What trains: ``"lora"``, ``"lora+weights"`` (LoRA, new for every task, and chosen linear weights),
+            ``"bottleneck"``, ``"prefix"``, ``"prompt"``, ``"ia3"``, ``"linear"`` (every linear weight), ``"full"``
+            (everything).
+        guard: ``"pegp"``, ``"inflora"``, ``"o-lora"``, ``"gradient-memory"``, or ``None``.
+        optimizer: ``"gorp"`` or ``"galore"``, which step inside subspaces of the gradient; ``None`` where the
+            configuration chooses a plain one.
         joint: Whether it sees all tasks at once.
         paper: Where it was published, or ``None`` for common practice.
         guarantee: What it promises about earlier tasks, and what is only measured.
@@ -71,8 +77,9 @@ class Method:
         use_when: When to take it.
         avoid_when: When not to.
         learning_rate: Used where a configuration gives none.
-        energy: Energy used where a configuration gives none: one for each kind of site, or one number for InfLoRA;
-            ``None`` without a guard that has an energy.
+        full_rank_lr: Learning rate of the linear weights beside LoRA, where a configuration gives none.
+        energy: Energy used where a configuration gives none: one for each kind of site, or one number for InfLoRA and
+            the gradient memory; ``None`` without a guard that has an energy.
     """
 
     name: str
@@ -85,8 +92,10 @@ class Method:
     avoid_when: str
     learning_rate: float
     guard: GuardName | None = None
+    optimizer: OptimizerName | None = None
     joint: bool = False
     paper: Paper | None = None
+    full_rank_lr: float | None = None
     energy: Any = field(default=None)
 
     @property

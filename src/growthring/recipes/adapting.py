@@ -1,14 +1,17 @@
-"""From settings to what trains: a PEFT config that fits the model, and the guard."""
+"""From settings to what trains: a PEFT config that fits the model, weights beside it, the optimizer, the guards."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from growthring.errors import ConfigError, nearest
 
 from ._method import Method
 from .method_settings import AdapterSettings, GuardSettings
+from .optimizer_settings import OptimizerSettings
+from .presets import gorp_preset
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
     from growthring.guards import Guard
 
-__all__ = ["make_adapter", "make_guards"]
+__all__ = ["make_adapter", "make_full_rank", "make_guards", "make_optimizer"]
 
 
 def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.Module) -> PeftConfig | str:
@@ -45,7 +48,7 @@ def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.M
         raise ConfigError(
             f"adapter.tower: has no effect: {type(encoder).__name__} is no dual encoder, it has one tower. Remove it"
         )
-    if method.adapter == "lora":
+    if method.adapter in ("lora", "lora+weights"):
         from peft import LoraConfig
 
         return LoraConfig(
@@ -69,16 +72,72 @@ def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.M
     return _tokens(method, settings, encoder, reads)
 
 
-def make_guards(method: Method, settings: GuardSettings | None) -> list[Guard]:
-    """The guards of a method: one, or none."""
+def make_full_rank(method: Method, settings: AdapterSettings | None, encoder: nn.Module) -> str | list[str] | None:
+    """Weights that train whole beside LoRA, as ``full_rank`` of :class:`~growthring.ContinualTrainer` takes them.
+
+    Args:
+        method: The method.
+        settings: The adapter's settings, filled in.
+        encoder: The encoder without an adapter.
+
+    Returns:
+        Names of layers, a role or ``"all-linear"``; ``None`` for methods that train no such weights.
+
+    Raises:
+        ConfigError: There are none in the encoder, or LoRA adapts all of them.
+    """
+    if settings is None or settings.full_rank is None:
+        return None
+    wanted = settings.full_rank
+    if isinstance(wanted, list):
+        _check_names(wanted, encoder, "full_rank")
+        return wanted
+    if wanted == "preset":
+        names: Iterable[str] = gorp_preset(encoder, tower=settings.tower).full_rank
+    elif settings.tower is None:
+        return str(wanted)
+    else:
+        names = _map(encoder, settings.tower).linears("all" if wanted == "all-linear" else wanted)
+    adapted = _targets(settings, encoder)
+    ends = () if isinstance(adapted, str) else tuple(f".{one}" for one in adapted)
+    left = [] if isinstance(adapted, str) else [name for name in names if not f".{name}".endswith(ends)]
+    if not left:
+        raise ConfigError(
+            f"adapter.full_rank: {wanted}: LoRA adapts every one of these layers. Choose fewer target_modules, or "
+            "name the layers, which then train in both ways"
+        )
+    return left
+
+
+def make_optimizer(method: Method, settings: OptimizerSettings | None) -> tuple[Any, dict[str, Any]] | None:
+    """The optimizer of a method that has one of its own, as :class:`~growthring.ContinualTrainer` takes it."""
+    if settings is None:
+        return None
+    from growthring.optim import GORP, GaLore, GORPFactory
+
+    values = {name: getattr(settings, name) for name in type(settings).model_fields if name != "full_rank_lr"}
+    values = {name: value for name, value in values.items() if value is not None}
+    # LoRA's factors have a low rank already, and a head has few rows: AdamW steps them
+    kind = GaLore if method.optimizer == "galore" else GORP
+    return GORPFactory, {"optimizer": kind, "targets": r"(?!head\.)(?!.*\.lora_).+", **values}
+
+
+def make_guards(method: Method, settings: GuardSettings | None, adapter: AdapterSettings | None = None) -> list[Guard]:
+    """The guards of a method: none, one, or a memory and what gives every task a LoRA of its own."""
     from growthring import guards
 
     if settings is None:
         return []
     values = {name: getattr(settings, name) for name in type(settings).model_fields}
     values = {name: value for name, value in values.items() if value is not None}
-    made: dict[str, Any] = {"pegp": guards.PEGP, "inflora": guards.InfLoRA, "o-lora": guards.OLoRA}
-    return [made[str(method.guard)](**values)]
+    if method.guard == "gradient-memory":
+        del values["mode"]  # it has decided the others
+        made: list[Guard] = [guards.GradientMemory(**values)]
+        if adapter is not None and adapter.branches is not None:
+            made.append(guards.FreshLoRA(merge=adapter.branches == "merged"))  # it merges when the memory is done
+        return made
+    kinds: dict[str, Any] = {"pegp": guards.PEGP, "inflora": guards.InfLoRA, "o-lora": guards.OLoRA}
+    return [kinds[str(method.guard)](**values)]
 
 
 def _tokens(method: Method, settings: AdapterSettings, encoder: nn.Module, reads: str) -> PeftConfig:
@@ -119,8 +178,10 @@ def _targets(settings: AdapterSettings, encoder: nn.Module) -> str | list[str]:
     """Modules for LoRA: all of them by PEFT's own word, those of a role, or names that were given."""
     wanted = settings.target_modules
     if isinstance(wanted, list):
-        _check_names(wanted, encoder)
+        _check_names(wanted, encoder, "target_modules")
         return wanted
+    if wanted == "preset":
+        return list(gorp_preset(encoder, tower=settings.tower).lora)
     if wanted == "all-linear" and settings.tower is None:
         return "all-linear"
     return list(_map(encoder, settings.tower).linears("all" if wanted == "all-linear" else str(wanted)))
@@ -133,7 +194,7 @@ def _map(encoder: nn.Module, tower: str | None) -> Any:
     return found if tower is None else found.tower(tower)
 
 
-def _check_names(wanted: list[str], encoder: nn.Module) -> None:
+def _check_names(wanted: list[str], encoder: nn.Module, setting: str) -> None:
     """Refuse names that match no linear layer: PEFT ignores them as long as one other name matches."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -142,4 +203,4 @@ def _check_names(wanted: list[str], encoder: nn.Module) -> None:
     for one in wanted:
         if not any(name == one or name.endswith(f".{one}") for name in names):
             near = nearest(one, {name.split(".")[-1] for name in names})
-            raise ConfigError(f"adapter.target_modules: the model has no linear layer {one!r}; {near}")
+            raise ConfigError(f"adapter.{setting}: the model has no linear layer {one!r}; {near}")

@@ -12,8 +12,10 @@ from growthring.errors import ConfigError, nearest
 
 from . import _yaml
 from ._messages import explain
+from ._method import Method
 from .method_settings import TARGET_TAGS, AdapterSettings, GuardSettings, adapter_for, guard_for
 from .methods import METHODS, get_method
+from .optimizer_settings import OptimizerSettings, optimizer_for
 from .settings import (
     DemoStreamConfig,
     Name,
@@ -73,6 +75,9 @@ class RunConfig(Section):
     )
     adapter: AdapterSettings | None = Field(default=None, description="The adapter, for methods that have one.")
     guard: GuardSettings | None = Field(default=None, description="The guard, for methods that have one.")
+    optimizer: OptimizerSettings | None = Field(
+        default=None, description="The projected optimizer, for methods that have one of their own."
+    )
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="How each task is trained.")
     head: Literal["auto", "label-text", "linear"] = Field(
         default="auto",
@@ -139,13 +144,24 @@ class RunConfig(Section):
         images = isinstance(values["stream"], StreamConfig) and values["stream"].images
         linear = self.head == "linear" or (self.head == "auto" and images)  # of an image encoder, that is
         values["guard"] = guard_for(method, self.guard, linear_head=linear)
-        if self.train.learning_rate is None:
-            values["train"] = self.train.model_copy(update={"learning_rate": method.learning_rate})
+        paper = method.guard == "gradient-memory" and values["guard"].mode == "paper"
+        values["optimizer"] = optimizer_for(method, self.optimizer, paper=paper)
+        values["train"] = self._filled_train(method)
         self._check_stream(values["stream"])
         self._check_steps(values["stream"])
         for name, value in values.items():
             object.__setattr__(self, name, value)
         return self
+
+    def _filled_train(self, method: Method) -> TrainSettings:
+        if method.optimizer is not None and self.train.optimizer is not None:
+            raise ConfigError(
+                f"train.optimizer: has no effect: the method {method.name!r} has an optimizer of its own, whose "
+                "settings stand under optimizer. Remove train.optimizer"
+            )
+        plain = None if method.optimizer is not None else self.train.optimizer or "adamw"
+        rate = self.train.learning_rate or method.learning_rate
+        return self.train.model_copy(update={"learning_rate": rate, "optimizer": plain})
 
     def _filled_stream(self) -> DemoStreamConfig | StreamConfig:
         stream = DemoStreamConfig(source="demo") if isinstance(self.stream, str) else self.stream

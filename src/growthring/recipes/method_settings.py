@@ -13,9 +13,18 @@ from ._method import TRAINS, AdapterKind, GuardName, Method, plain_energy
 from .methods import METHODS
 from .settings import Name, Section
 
-__all__ = ["ADAPTER_DEFAULTS", "GUARD_DEFAULTS", "AdapterSettings", "GuardSettings", "adapter_for", "guard_for"]
+__all__ = [
+    "ADAPTER_DEFAULTS",
+    "GUARD_DEFAULTS",
+    "PAPER_MEMORY",
+    "AdapterSettings",
+    "GuardSettings",
+    "adapter_for",
+    "guard_for",
+]
 
 Role: TypeAlias = Literal[
+    "preset",
     "all-linear",
     "all",
     "attention",
@@ -24,8 +33,13 @@ Role: TypeAlias = Literal[
     "query",
     "key",
     "value",
+    "self_query",
+    "self_value",
+    "cross_query",
+    "cross_value",
     "mlp",
     "mlp_up",
+    "mlp_gate",
     "mlp_down",
 ]
 TARGET_TAGS = ("one word", "a list")
@@ -69,6 +83,15 @@ _KINDS: dict[str, Any] = {
 
 ADAPTER_DEFAULTS: Mapping[AdapterKind, Mapping[str, Any]] = {
     "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear", "tower": None},
+    "lora+weights": {
+        "r": 8,
+        "alpha": 16.0,
+        "dropout": 0.0,
+        "target_modules": "preset",
+        "full_rank": "preset",
+        "branches": "merged",
+        "tower": None,
+    },
     "bottleneck": {
         "r": 16,
         "placement": "both",
@@ -99,8 +122,18 @@ GUARD_DEFAULTS: Mapping[GuardName, Mapping[str, Any]] = {
     },
     "inflora": {"energy": None, "samples": 256},
     "o-lora": {"weight": 0.5, "norm": "l1"},
+    "gradient-memory": {
+        "energy": None,
+        "mode": "sound",
+        "side": "input",
+        "source": "gradient",
+        "project": "update",
+    },
 }
 """The settings that each guard has, with their defaults; the energy's is that of the method."""
+
+PAPER_MEMORY: Mapping[str, Any] = {"side": "output", "source": "exp_avg", "project": "gradient"}
+"""The gradient memory of the published rule."""
 
 _TWO_MODES: tuple[AdapterKind, ...] = ("bottleneck", "prefix", "prompt")
 
@@ -128,7 +161,17 @@ class AdapterSettings(Section):
     target_modules: TargetModules | None = Field(
         default=None,
         description="LoRA: all-linear (default), a role found from the model's structure (attention, mlp, query ...), "
-        "or the names (or ends of names) of the modules to adapt.",
+        "or the names (or ends of names) of the modules to adapt. gorp: preset (default), its choice for the model.",
+    )
+    full_rank: TargetModules | None = Field(
+        default=None,
+        description="gorp: linear weights that train whole beside LoRA: preset (default), its choice for the model; "
+        "all-linear or a role, without what LoRA adapts; or names of layers.",
+    )
+    branches: Literal["merged", "kept"] | None = Field(
+        default=None,
+        description="gorp: what becomes of a task's LoRA at its end: merged into the weights (default), or kept, "
+        "frozen and active.",
     )
     placement: Literal["attention", "mlp", "both"] | None = Field(
         default=None, description="Bottleneck adapters: at which parts of each block. Default both."
@@ -157,9 +200,9 @@ class GuardSettings(Section):
         WithJsonSchema({"anyOf": [*_ONE_ENERGY["anyOf"], _KINDS, {"const": "auto"}, {"type": "null"}]}),
     ] = Field(
         default=None,
-        description="PEGP, InfLoRA: share of old features' energy to protect: a number in (0, 1] or a schedule "
-        "{start, end, tasks}. PEGP also: one for each kind of site, {times} (directions above so many times the "
-        "smallest energy), or auto (chosen on validation data at the first task boundary). Default: the method's.",
+        description="Share of old features' (gradient memory: gradients') energy to protect: a number in (0, 1] or a "
+        "schedule {start, end, tasks}. PEGP also: one for each kind of site, {times} (directions above so many times "
+        "the smallest energy), or auto (chosen on validation data at the first task boundary). Default: the method's.",
     )
     samples: int | None = Field(
         default=None,
@@ -176,14 +219,25 @@ class GuardSettings(Section):
         description="PEGP: trained tensors that no condition protects are held from the second task on (default), "
         "may move, or never train.",
     )
-    mode: Literal["strict", "paper"] | None = Field(
+    mode: Literal["strict", "sound", "paper"] | None = Field(
         default=None,
         description="PEGP on bottleneck adapters, prefixes and prompts: conditions that keep what old inputs compute "
-        "(strict, default), or those that the paper states.",
+        "(strict, default), or those that the paper states. Gradient memory: exact after every step (sound, default), "
+        "or the published rule (paper), for comparison.",
+    )
+    side: Literal["input", "output", "both"] | None = Field(
+        default=None,
+        description="Gradient memory: protect directions of the inputs (default), the outputs or both.",
+    )
+    source: Literal["gradient", "momentum", "exp_avg"] | None = Field(
+        default=None,
+        description="Gradient memory: what is remembered of a task: its gradients (default), Adam's first moment over "
+        "the task, or its last one.",
     )
     project: Literal["update", "gradient"] | None = Field(
         default=None,
-        description="PEGP: project the update (default), exact for any optimizer; or gradients alone, for comparison.",
+        description="PEGP, gradient memory: project the update (default), exact for any optimizer; or gradients "
+        "alone, for comparison.",
     )
     kinds: Annotated[list[Kind], Field(min_length=1)] | None = Field(
         default=None, description="PEGP: kinds of sites to protect; the others train freely. Default all."
@@ -221,9 +275,16 @@ def adapter_for(method: Method, given: AdapterSettings | None) -> AdapterSetting
                 f"adapter.{name}: has no effect: the method {method.name!r} trains {TRAINS[method.adapter]}, which "
                 f"has the settings {', '.join(allowed)}"
             )
-    if values.get("tower") is not None and isinstance(values.get("target_modules"), list):
+    if values.get("target_modules") == "preset" and "full_rank" not in allowed:
         raise ConfigError(
-            "adapter.tower: has no effect beside a list of target_modules: names say where; give one of the two"
+            f"adapter.target_modules: preset is GORP's choice, and the method is {method.name!r}; choose all-linear, "
+            "a role or names"
+        )
+    where = [n for n in ("target_modules", "full_rank") if n in allowed]
+    if values.get("tower") is not None and where and all(isinstance(values.get(n), list) for n in where):
+        raise ConfigError(
+            f"adapter.tower: has no effect beside a list of {' and of '.join(where)}: names say where; give one of "
+            "the two"
         )
     return (given or AdapterSettings()).model_copy(update={**allowed, **values})
 
@@ -255,7 +316,17 @@ def guard_for(method: Method, given: GuardSettings | None, *, linear_head: bool)
                 f"guard.mode: has no effect: for {TRAINS[method.adapter]} the conditions of the paper are exact, so "
                 "strict and paper are the same. Remove mode"
             )
+    modes = ("sound", "paper") if method.guard == "gradient-memory" else ("strict", "paper")
+    if "mode" in allowed and values.get("mode", "paper") not in modes:
+        raise ConfigError(f"guard.mode: {values['mode']!r}: the method {method.name!r} has {' and '.join(modes)}")
+    fixed = PAPER_MEMORY if method.guard == "gradient-memory" and values.get("mode") == "paper" else {}
+    allowed |= fixed
     for name in values:
+        if name in fixed and values[name] != fixed[name]:
+            raise ConfigError(
+                f"guard.{name}: {values[name]!r}: the published rule (mode: paper) has {fixed[name]!r}. Remove "
+                f"{name}, or choose mode: sound"
+            )
         if name not in allowed:
             raise ConfigError(
                 f"guard.{name}: has no effect: the guard of the method {method.name!r} has the settings "
@@ -269,11 +340,10 @@ def guard_for(method: Method, given: GuardSettings | None, *, linear_head: bool)
 
 def _energy_for(method: Method, filled: Mapping[str, Any], linear_head: bool) -> Any:
     energy, by_kind = filled["energy"], plain_energy(method.energy)
-    if method.guard == "inflora":
+    if method.guard in ("inflora", "gradient-memory"):
         if energy == "auto" or (isinstance(energy, Mapping) and "start" not in energy):
-            raise ConfigError(
-                f"guard.energy: InfLoRA takes one number or a schedule {{start, end, tasks}}: {energy!r}"
-            )
+            who = "InfLoRA" if method.guard == "inflora" else "the gradient memory"
+            raise ConfigError(f"guard.energy: {who} takes one number or a schedule {{start, end, tasks}}: {energy!r}")
         return by_kind if energy is None else energy
     kinds = list(method.kinds)
     if filled.get("mode") == "paper":

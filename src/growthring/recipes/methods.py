@@ -21,6 +21,8 @@ _PEGP = Paper("Gradient Projection For Continual Parameter-Efficient Tuning", "2
 _GPM = Paper("Gradient Projection Memory for Continual Learning", "2103.09762")
 _NSCL = Paper("Training Networks in Null Space of Feature Covariance for Continual Learning", "2103.07113")
 _INFLORA = Paper("InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", "2404.00228")
+_GALORE = Paper("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", "2403.03507")
+_GORP = Paper("Continual Gradient Low-Rank Projection Fine-Tuning for LLMs", "2507.02503")
 _OLORA = Paper("Orthogonal Subspace Learning for Language Model Continual Learning", "2310.14152")
 
 _NONE = "None: nothing keeps a later task from changing what an earlier one learned."
@@ -291,8 +293,65 @@ def _family() -> Iterator[Method]:
     )
 
 
+def _projected() -> Iterator[Method]:
+    state = "Optimizer state of rank r in place of twice the weights; a search for the subspace every so many steps."
+    memory = (
+        "No step moves a weight along the directions in which the gradients of earlier tasks pointed: the share that "
+        "does is measured after every task and is rounding error. What earlier gradients did not show may change. In "
+        "mode paper a tenth to a fifth of a step leaks, and that is measured too."
+    )
+    yield Method(
+        name="galore",
+        title="GaLore (linear weights)",
+        summary="Every linear weight of the model, stepped in a low-rank subspace of its gradient, on one task after "
+        "another.",
+        adapter="linear",
+        optimizer="galore",
+        paper=_GALORE,
+        guarantee=_NONE,
+        cost=f"A whole model to train and to store. {state}",
+        use_when="As the baseline for gorp, or where the optimizer's state does not fit into memory.",
+        avoid_when="Earlier tasks matter: nothing guards them.",
+        learning_rate=4e-4,
+    )
+    yield Method(
+        name="gorp",
+        title="GORP on LoRA and chosen weights",
+        summary="A new LoRA on attention for every task and chosen matrices trained whole, in one optimizer that "
+        "steps in gradient subspaces outside those of earlier tasks. Which matrices: queries and values of "
+        "cross-attention, else the MLP's gates, else the layers into the MLP.",
+        adapter="lora+weights",
+        guard="gradient-memory",
+        optimizer="gorp",
+        paper=_GORP,
+        guarantee=memory,
+        cost=f"{state} At most d*d/2 floats a matrix however many tasks. The whole model is stored.",
+        use_when="LoRA alone is too narrow and a full optimizer state too large; it needs no pass over old inputs.",
+        avoid_when="Old outputs have to be bounded: gradients are no inputs. Take pegp or pegp-linear.",
+        learning_rate=1e-3,
+        full_rank_lr=1e-4,
+        energy=0.95,
+    )
+    yield Method(
+        name="gorp-full",
+        title="GORP on linear weights",
+        summary="Every linear weight of the model, stepped in gradient subspaces outside those of earlier tasks; no "
+        "LoRA.",
+        adapter="linear",
+        guard="gradient-memory",
+        optimizer="gorp",
+        paper=_GORP,
+        guarantee=memory,
+        cost=f"A whole model to train and to store, at most d*d/2 floats a matrix. {state}",
+        use_when="As gorp, where every layer has to learn.",
+        avoid_when="Old outputs have to be bounded: gradients are no inputs. Take pegp-linear.",
+        learning_rate=2e-4,
+        energy=0.95,
+    )
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for group in (_sequential(), _pegp(), _family()) for method in group}
+    {method.name: method for group in (_sequential(), _pegp(), _family(), _projected()) for method in group}
 )
 """Every method, by name."""
 

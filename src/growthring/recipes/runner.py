@@ -13,7 +13,7 @@ from growthring._io import write_text
 from growthring.errors import ConfigError
 
 from . import _yaml
-from .adapting import make_adapter, make_guards
+from .adapting import make_adapter, make_full_rank, make_guards, make_optimizer
 from .config import RunConfig
 from .methods import get_method
 from .settings import DemoStreamConfig, TaskConfig, TrainSettings
@@ -109,7 +109,10 @@ def build(
         encoder,
         stream,
         adapter=adapter,
-        guards=make_guards(method, config.guard),
+        optimizer=make_optimizer(method, config.optimizer),
+        full_rank=make_full_rank(method, config.adapter, encoder),
+        full_rank_lr=config.optimizer.full_rank_lr if config.optimizer is not None else None,
+        guards=make_guards(method, config.guard, config.adapter),
         args=args,
         tokenizer=tokenizer,
         head=config.head,
@@ -160,10 +163,13 @@ def run(
         ConfigError: The folder holds a run and ``overwrite`` is off, or it cannot be written.
         GrowthringError: Data, model or settings cannot work.
     """
+    from growthring.report import optimizer_line
+
     folder = Path(output or config.output or Path("runs") / config.method)
     check_folder(folder, overwrite=overwrite)
     config = RunConfig.model_validate({**config.resolved(), "output": str(folder)})
     trainer = build(config, progress=progress, output_dir=folder, stream=stream)
+    sites, plans = explain_sites(trainer), trainer.explain_optimizer()  # what cannot work says so before anything goes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*PRODUCTS, *_TRACES):
@@ -173,7 +179,9 @@ def run(
         raise ConfigError(
             f"the run folder {folder} cannot be written: {error.strerror or error}; choose another"
         ) from error
-    logger.info("%s", sites_line(explain_sites(trainer)))
+    logger.info("%s", sites_line(sites))
+    if plans:
+        logger.info("%s", optimizer_line(plans))
     result = trainer.fit()
     result.report(folder / "report.html")
     return result
@@ -235,7 +243,7 @@ def _arguments(train: TrainSettings, seed: int, folder: Path | None) -> Training
         warmup_steps=train.warmup,  # below 1: a share of the steps
         max_grad_norm=train.max_grad_norm,
         gradient_accumulation_steps=train.gradient_accumulation,
-        optim=_OPTIMIZERS[train.optimizer],
+        optim=_OPTIMIZERS[train.optimizer or "adamw"],
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         use_cpu=not accelerator,

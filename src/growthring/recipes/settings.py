@@ -183,8 +183,9 @@ class TrainSettings(Section):
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 does not clip.")
     gradient_accumulation: int = Field(default=1, ge=1, description="Batches whose gradients make one step.")
-    optimizer: Literal["adamw", "sgd", "adafactor"] = Field(
-        default="adamw", description="Optimizer; fresh for each task."
+    optimizer: Literal["adamw", "sgd", "adafactor"] | None = Field(
+        default=None,
+        description="Optimizer, for methods without one of their own; fresh for each task. Default adamw.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Arithmetic of the forward and backward pass."

@@ -14,8 +14,6 @@ __all__ = ["TREATMENTS", "explain_sites", "group_sites", "sites_line"]
 TREATMENTS = ("protected", "held", "frozen", "free")
 """What can happen to a tensor; see :class:`growthring.guards.TensorPlan`."""
 
-_SAME = ("guard", "treatment", "kinds", "condition", "why", "cost", "shape")
-
 
 def explain_sites(trainer: ContinualTrainer) -> list[dict[str, Any]]:
     """What each guard of a trainer will do with every trainable tensor; nothing is trained.
@@ -31,7 +29,7 @@ def explain_sites(trainer: ContinualTrainer) -> list[dict[str, Any]]:
         GuardError: A guard finds nothing to protect.
     """
     from growthring.guards.plan import HOLE
-    from growthring.trainer.steps import explain
+    from growthring.trainer.guarding import explain
 
     members = range(len(trainer.stream)) if trainer.joint else (0,)
     trainer.model.head.begin([c for i in members for c in trainer.stream.class_ids(i)])
@@ -56,7 +54,7 @@ def group_sites(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows that differ in nothing but a number in the tensor's name, as one.
 
     Args:
-        rows: As :func:`explain_sites` gives them.
+        rows: As :func:`explain_sites` gives them, or :meth:`growthring.ContinualTrainer.explain_optimizer`.
 
     Returns:
         Entries in the order of the rows, with ``pattern`` (numbers as ``*``) and ``count`` in place of ``name``.
@@ -64,7 +62,7 @@ def group_sites(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", str(row["name"]))
-        same = {key: row[key] for key in _SAME}
+        same = {key: value for key, value in row.items() if key != "name"}
         found = groups.setdefault((pattern, *map(repr, same.values())), {"pattern": pattern, "count": 0, **same})
         found["count"] += 1
     return list(groups.values())

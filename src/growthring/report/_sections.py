@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from growthring.evaluation import AccuracyMatrix
@@ -84,6 +84,22 @@ def site_groups(results: Results) -> list[Section]:
         group["numbers"] += math.prod(int(n) for n in site.get("shape") or ())
     order = list(TREATMENTS)
     return sorted(groups.values(), key=lambda g: order.index(g["treatment"]) if g["treatment"] in order else -1)
+
+
+def optimizer_line(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How the optimizer treats tensors, in one line; empty if it does not say.
+
+    Args:
+        rows: As :meth:`growthring.ContinualTrainer.explain_optimizer` gives them, or ``optimizer`` of
+            ``results.json``.
+    """
+    rows = list(rows)
+    if not rows:
+        return ""
+    ranks = sorted({row["rank"] for row in rows if row["rank"] is not None})
+    words = {"projected": f"projected (rank {', '.join(map(str, ranks))})", "adamw": "as AdamW", "frozen": "frozen"}
+    counts = {one: sum(row["treatment"] == one for row in rows) for one in words}
+    return "optimizer: " + ", ".join(f"{count} {words[one]}" for one, count in counts.items() if count)
 
 
 def zero_shot(results: Results) -> list[tuple[str, float | None, str]]:

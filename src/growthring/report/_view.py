@@ -21,7 +21,7 @@ from ._results import (
     total_seconds,
     worst,
 )
-from ._sections import CLASSIFIERS, site_groups, told_average, view_rows, views_of, zero_shot
+from ._sections import CLASSIFIERS, optimizer_line, site_groups, told_average, view_rows, views_of, zero_shot
 
 View: TypeAlias = dict[str, Any]
 
@@ -213,6 +213,7 @@ def _method_view(number: int, one: Results, figures: dict[str, draw.Figure]) -> 
         "views": view_rows(one),
         "zero_shot": zero_shot(one),
         "sites": site_groups(one),
+        "optimizer": optimizer_line(one.get("optimizer") or ()),
         "certificates": [_certificate_view(certificate) for certificate in certificates_of(one)],
         "capacity": _capacity_rows(shares),
         "kinds": [draw.KIND_NAMES.get(kind, kind) for kind in shares],
@@ -235,6 +236,8 @@ def _certificate_view(certificate: Mapping[str, Any]) -> View:
     leak = certificate.get("leak")
     keys = ("guard", "protected_tasks", "energy", "free", "dims", "output_change", "probes", "held")
     view: View = {key: certificate.get(key) for key in keys}
+    if not view["dims"]:  # a guard that protects nothing by itself has no energy either
+        view |= dict.fromkeys(("energy", "free", "dims"))
     return view | {
         "task": str(certificate["task"]),
         "leak": leak,

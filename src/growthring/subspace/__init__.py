@@ -1,5 +1,6 @@
 """Ground floor: pure tensor algebra. It knows no model, no trainer and no process group."""
 
+from ._precision import full_precision
 from .basis import Growth, Subspace
 from .batching import SubspaceBank
 from .health import Health, check_health, numerical_rank
@@ -16,5 +17,6 @@ __all__ = [
     "SubspaceBank",
     "check_health",
     "find_range",
+    "full_precision",
     "numerical_rank",
 ]

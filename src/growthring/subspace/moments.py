@@ -314,6 +314,15 @@ class SecondMoment:
             self._rows = [stacked]
         elif self.form == "root":
             self._rows = [cast(Tensor, torch.linalg.qr(stacked, mode="r")[1]).contiguous()]
+        elif stacked.shape[0] <= self.dim // 2:
+            # few wide rows: turned by the eigenvectors of their products, a tenth of an SVD's time. The turn is
+            # orthonormal, so what squaring blurs (energies below 1e-16 of the largest) only moves between small rows
+            energies, turn = torch.linalg.eigh(stacked @ stacked.mT)
+            energies, turn = energies.flip(0).clamp_min(0), turn.flip(1)[:, :keep]
+            cut = energies[keep]
+            self.shrinkage += float(cut)
+            left = (1 - cut / energies[:keep]).nan_to_num(0.0).clamp_min(0).sqrt()
+            self._rows = [(left.unsqueeze(1) * (turn.mT @ stacked)).contiguous()]
         else:
             _, sigma, right = torch.linalg.svd(stacked, full_matrices=False)
             cut = sigma[keep].square() if sigma.shape[0] > keep else sigma.new_zeros(())

@@ -26,7 +26,10 @@ from .building import build
 from .classifier import LinearHead
 from .data import EncodedSplit, balanced_batches
 from .folder import check_config, describe_tasks, resolved_config, save_model
+from .full_rank import describe, rate_apart, unfreeze
+from .guarding import check_one_pass, explain, guard_callbacks, merge_weight, prepares, undecided
 from .logs import Bars, RunLog, StepCallback
+from .optimizing import Optimizer, check_optimizer, explain_optimizer
 from .reference import Reference, zero_shot_figures
 from .result import RunResult
 from .scoring import Scorer, Tables
@@ -37,9 +40,7 @@ from .steps import (
     blend,
     check_arguments,
     check_changed,
-    explain,
     frozen,
-    merge_weight,
     task_arguments,
 )
 
@@ -64,8 +65,15 @@ class ContinualTrainer:
         stream: The tasks.
         adapter: A PEFT config (wrapped around the model, seeded), ``"linear"`` for all linear weights of the encoder,
             ``"full"`` for all its parameters, or ``None`` for what ``model`` already trains.
-        optimizer: ``None`` for the optimizer that ``args`` names, or ``(class, keyword arguments)``; learning rate and
-            weight decay are those of ``args`` where left out.
+        optimizer: ``None`` for the optimizer that ``args`` names, ``(class, keyword arguments)``, or ``(factory,
+            keyword arguments)``, called as ``factory()(model, **keywords)``; learning rate and weight decay are those
+            of ``args`` where left out.
+        full_rank: Linear weights of the base model that train themselves, beside a LoRA adapter: names (or ends of
+            names) of layers, a role of :data:`growthring.backbones.ROLES`, or ``"all-linear"``. A role and
+            ``"all-linear"`` leave out the layers that LoRA adapts; a layer named by itself trains in both ways. The
+            run folder then holds the whole model with LoRA merged, in ``model/``, in place of ``adapter/``.
+        full_rank_lr: Learning rate of these weights; default: that of everything else. GORP's paper has 1e-5 beside
+            1e-3 for LoRA.
         guards: Guards, in the order in which they act.
         args: ``TrainingArguments``; one task's training. ``max_steps`` or ``num_train_epochs`` are per task.
         tokenizer: Default: that of ``model``'s name or folder.
@@ -112,7 +120,9 @@ class ContinualTrainer:
         stream: TaskStream,
         *,
         adapter: PeftConfig | str | None = None,
-        optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        optimizer: Optimizer | None = None,
+        full_rank: str | Sequence[str] | None = None,
+        full_rank_lr: float | None = None,
         guards: Sequence[Guard] = (),
         args: TrainingArguments | None = None,
         tokenizer: Any = None,
@@ -148,6 +158,7 @@ class ContinualTrainer:
             args = TrainingArguments(learning_rate=1e-3, logging_steps=10, report_to=[])
             args.num_train_epochs = 1 if stream.online else args.num_train_epochs
         check_arguments(args)
+        check_optimizer(optimizer, args)
         self.args = copy.deepcopy(args)
         self.seed = self.args.seed if seed is None else seed
         if not 0 <= self.seed <= MAX_SEED:
@@ -159,7 +170,7 @@ class ContinualTrainer:
         self._splits = ["test"] * evaluate_test + ["validation"] * evaluate_validation
         classifiers = check_classifiers(classifiers)
         merge_weight(self.guards)
-        _check_one_pass(stream, self.guards)
+        check_one_pass(stream, self.guards)
         self._budget = Budget(stream, self.args, steps, total_steps)
         self._notes: list[str] = []
         self._fitted = False
@@ -171,9 +182,11 @@ class ContinualTrainer:
             device=self.device, seed=self.seed, output=self.folder,
         )  # fmt: skip
         self.model, self.tokenizer, self._collate, self._data = built.model, built.tokenizer, built.collate, built.data
+        self._whole = {} if full_rank is None else unfreeze(self.model.encoder, full_rank)
+        self._apart = rate_apart(self._whole, full_rank_lr)
         self.config = check_config(config or {}) or resolved_config(
             method, adapter, built, self.args, self._budget.by_task, optimizer, self.guards
-        ) | {"classifiers": list(classifiers)}
+        ) | {"full_rank": describe(self._whole, full_rank_lr), "classifiers": list(classifiers)}
         self._scorer = Scorer(self.model, stream, self._data, self._collate, eval_batch_size, classifiers, self.seed)
         self._reference = Reference(stream, built, self.guards, eval_batch_size)
         self._zero_shot = built.head == "label-text" and classifiers[0] == "head" and not joint
@@ -207,6 +220,7 @@ class ContinualTrainer:
                 for guard in self.guards:
                     guard.attach(self.model)  # a guard that cannot work says so before anything is computed
                 sites = explain(self.model, self.guards)
+                plans = self.explain_optimizer()
                 tables.add_row(BASE_ROW, 0, self._scorer, log, bars, 0)
                 self._reference.score(log)
                 certificates += self._reference.protect(self.seed, log, bars)
@@ -214,11 +228,11 @@ class ContinualTrainer:
                 for number, members in enumerate(rounds):
                     name = "joint" if self.joint else names[number]
                     spent: dict[str, Any] = {"name": name}
-                    if any(_prepares(g) for g in self.guards):
+                    if any(prepares(g) for g in self.guards):
                         clock = time.perf_counter()
                         self._prepare_guards(number, name, bars)
                         spent["prepare_seconds"] = time.perf_counter() - clock
-                    if number == 1 and any(_undecided(g) for g in self.guards):
+                    if number == 1 and any(undecided(g) for g in self.guards):
                         spent["tune_seconds"] = self._tune_guards(log, bars)
                     clock = time.perf_counter()
                     taken = self._train(members, name, log, bars, done)
@@ -258,12 +272,15 @@ class ContinualTrainer:
             notes=self._notes,
             views=tables.views(),
             sites=sites,
+            optimizer=plans,
+            full_rank=list(self._whole),
             reference=self._reference.accuracies or None,
             mtil=zero_shot_figures(tables.accuracy("test")) if self._zero_shot else None,
         )
         if self.folder is not None:
             result.save(self.folder / "results.json")  # before weights, which may fail to be written
-            save_model(self.folder, self.model, self.tokenizer, self.stream, self.guards, self._collate.images)
+            images = self._collate.images
+            save_model(self.folder, self.model, self.tokenizer, self.stream, self.guards, images, bool(self._whole))
             for classifier in self._scorer.analytic.values():
                 classifier.save_pretrained(self.folder / "classifiers")
         return result
@@ -294,6 +311,15 @@ class ContinualTrainer:
         """
         seen = len(self.stream) if seen is None else seen
         return self._scorer.predict(task_index, split, seen, batch_size, classifier, given)
+
+    def explain_optimizer(self) -> list[dict[str, Any]]:
+        """How the optimizer treats every parameter, as its ``explain`` says it; empty if it does not.
+
+        Returns:
+            One entry for each parameter as :class:`~growthring.optim.ParameterPlan` has it. Nothing is trained.
+        """
+        with torch.random.fork_rng():
+            return explain_optimizer(self.model, self.optimizer, self.args)
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -370,13 +396,14 @@ class ContinualTrainer:
         trainer = StreamTrainer(
             task=name,
             guards=guards,
+            apart=self._apart,
             model=self.model,
             args=task_arguments(self.args, self.seed * 1000 + index, max_steps, self.folder, self.optimizer, in_order),
             train_dataset=rows,
             data_collator=self._collate,
             optimizer_cls_and_kwargs=self.optimizer,
             callbacks=[
-                *(g.callback(loss_added=True) for g in guards),
+                *guard_callbacks(guards),
                 StepCallback(log, bars, name, index, done),
                 *([] if trial else self.callbacks),
             ],
@@ -410,7 +437,7 @@ class ContinualTrainer:
     def _prepare_guards(self, number: int, name: str, bars: Bars) -> None:
         """Let guards that want to see a task before it trains see it."""
         for guard in self.guards:
-            if _prepares(guard):
+            if prepares(guard):
                 bars.task(f"{name}: preparing", None)
                 guard.prepare(name, self._sample(number, guard))
 
@@ -452,32 +479,8 @@ class ContinualTrainer:
             return score
 
         for guard in self.guards:
-            if isinstance(guard, PEGP) and _undecided(guard):
+            if isinstance(guard, PEGP) and undecided(guard):
                 chosen = f"{guard.name}: energy chosen on validation data: {guard.tune(trial)}"
                 logger.info(chosen)
                 self._notes.append(chosen)
         return time.perf_counter() - clock
-
-
-def _check_one_pass(stream: TaskStream, guards: Sequence[Guard]) -> None:
-    """Refuse guards that would train on rows again where each is seen once."""
-    if not stream.online:
-        return
-    once = f"the stream is {stream.scenario}: each training row is seen once"
-    if any(_undecided(guard) for guard in guards):
-        raise ConfigError(
-            f"{once}, and energy='auto' trains on the second task once for every candidate. Give a number, or choose "
-            "the scenario 'class'"
-        )
-    if merge_weight(guards):
-        raise ConfigError(
-            f"{once}, and merge > 0 trains on every task twice. Leave merge at 0, or choose the scenario 'class'"
-        )
-
-
-def _prepares(guard: Guard) -> bool:
-    return type(guard).prepare is not Guard.prepare
-
-
-def _undecided(guard: Guard) -> bool:
-    return isinstance(guard, PEGP) and guard.energy == "auto"

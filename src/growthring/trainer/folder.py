@@ -14,12 +14,12 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from growthring.errors import ConfigError
-from growthring.guards import Guard, InfLoRA, OLoRA, merge_branches
+from growthring.guards import FreshLoRA, Guard, InfLoRA, OLoRA, merge_branches
 from growthring.streams import TaskStream
 
 from .classifier import StreamClassifier
 from .dual import ClassPrompts
-from .steps import Optimizer
+from .optimizing import Optimizer
 from .vision import ImagePreprocessor
 
 if TYPE_CHECKING:
@@ -134,22 +134,28 @@ def save_model(
     stream: TaskStream,
     guards: Sequence[Guard],
     images: ImagePreprocessor | None = None,
+    base_changed: bool = False,
 ) -> None:
     """Write the adapter (stock PEFT) or the encoder (stock transformers), the head, and the guards' memory.
 
-    Beside an encoder stand its tokenizer and its ``preprocessor_config.json``, as far as it has them.
+    An adapter whose base weights changed too would not fit the base that it is loaded on: it is merged into a copy of
+    them, and the encoder is written. Beside an encoder stand its tokenizer and its ``preprocessor_config.json``, as
+    far as it has them.
     """
-    if isinstance(model.encoder, PeftModel):
-        encoder = model.encoder
-        if any(isinstance(guard, InfLoRA | OLoRA) for guard in guards):
+    encoder: Any = model.encoder
+    base_changed |= any(isinstance(guard, FreshLoRA) and guard.merge for guard in guards)
+    if isinstance(encoder, PeftModel) and base_changed:
+        encoder = copy.deepcopy(encoder).merge_and_unload()
+    if isinstance(encoder, PeftModel):
+        if any(isinstance(guard, FreshLoRA | InfLoRA | OLoRA) for guard in guards):
             encoder = copy.deepcopy(encoder)
             merge_branches(encoder)  # one stock LoRA in place of a branch for every task
         with warnings.catch_warnings():
             # PEFT before 0.19 looks for the base model's config, to see whether its vocabulary was changed
             warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
             encoder.save_pretrained(str(folder / "adapter"))
-    elif isinstance(model.encoder, PreTrainedModel):
-        model.encoder.save_pretrained(str(folder / "model"))
+    elif isinstance(encoder, PreTrainedModel):
+        encoder.save_pretrained(str(folder / "model"))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder / "model"))
         if images is not None:
@@ -167,6 +173,8 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON can hold it."""
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, type):
+        return value.__qualname__
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, set | frozenset):

@@ -92,6 +92,9 @@ class RunResult:
         notes: Sentences a reader should see.
         views: Every way in which this run was read; the first is that of ``matrix``.
         sites: What each guard does with every trainable tensor, as it said before training: rows of its ``explain``.
+        optimizer: How the optimizer treats every parameter, as it said before training: rows of its ``explain``; empty
+            for an optimizer that does not say.
+        full_rank: Linear layers of the base model whose weights trained themselves, beside an adapter.
     """
 
     name: str
@@ -113,6 +116,8 @@ class RunResult:
     mtil: dict[str, float | None] | None = None
     views: list[View] = field(default_factory=list)
     sites: list[dict[str, Any]] = field(default_factory=list)
+    optimizer: list[dict[str, Any]] = field(default_factory=list)
+    full_rank: list[str] = field(default_factory=list)
 
     def view(self, classifier: str = "head", given: str | None = None) -> View:
         """One view of the run.
@@ -148,6 +153,8 @@ class RunResult:
             "metrics": metrics(self.matrix).to_dict() if len(self.matrix) else {},
             "views": [view.to_dict() for view in self.views],
             "sites": self.sites,
+            "optimizer": self.optimizer,
+            "full_rank": self.full_rank,
             "certificates": [c.to_dict() for c in self.certificates],
             "timings": self.timings,
             "versions": versions(),

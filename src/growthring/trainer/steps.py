@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import inspect
 import logging
 import math
 import tempfile
@@ -22,23 +20,20 @@ from growthring.errors import ConfigError, GuardError, NumericalError
 from growthring.guards import Guard
 from growthring.streams import TaskStream
 
+from .optimizing import Optimizer, resolve, separate
+
 __all__ = [
     "Budget",
-    "Optimizer",
     "StreamTrainer",
     "bit_sums",
     "blend",
     "check_arguments",
     "check_changed",
-    "explain",
     "frozen",
-    "merge_weight",
     "task_arguments",
 ]
 
 logger = logging.getLogger(__name__)
-
-Optimizer = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -181,15 +176,22 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
     Args:
         task: Name of the task, for messages.
         guards: The guards.
+        apart: Parameters with a learning rate of their own, and that rate; ``None`` for one rate for all.
         **kwargs: As for ``transformers.Trainer``.
     """
 
-    def __init__(self, *, task: str, guards: Sequence[Guard], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        task: str,
+        guards: Sequence[Guard],
+        apart: tuple[Sequence[nn.Parameter], float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if kwargs.get("optimizer_cls_and_kwargs") is not None:  # the Trainer takes entries out of the dictionary
-            cls, settings = kwargs["optimizer_cls_and_kwargs"]
-            rate = {"lr": kwargs["args"].learning_rate} if "lr" in inspect.signature(cls).parameters else {}
-            kwargs["optimizer_cls_and_kwargs"] = (cls, rate | dict(settings))
+            kwargs["optimizer_cls_and_kwargs"] = resolve(kwargs["optimizer_cls_and_kwargs"], kwargs["args"])
         super().__init__(**kwargs)
+        self._apart = apart
         self.remove_callback(PrinterCallback)  # the run's own log keeps these lines
         self._task = task
         self._guards = [g for g in guards if type(g).loss is not Guard.loss]
@@ -222,6 +224,8 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
         optimizer = super().create_optimizer(*args, **kwargs)
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             raise GuardError("the optimizer has no trainable parameter; every weight would stay as it is")
+        if self._apart is not None:
+            separate(optimizer, *self._apart)
         return optimizer
 
     def run(self) -> int:
@@ -241,31 +245,6 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
                 "clip gradients (max_grad_norm)"
             )
         return int(self.state.global_step)
-
-
-def merge_weight(guards: Sequence[Guard]) -> float:
-    """The weight of a free training in what a task leaves behind: the ``merge`` of the one guard that has any.
-
-    Raises:
-        ConfigError: If several guards ask for one.
-    """
-    weights = [(guard.name, getattr(guard, "merge", 0.0)) for guard in guards]
-    found = [(name, float(weight)) for name, weight in weights if isinstance(weight, int | float) and weight > 0]
-    if len(found) > 1:
-        names = ", ".join(name for name, _ in found)
-        raise ConfigError(f"the guards {names} all have merge > 0; one of them can merge")
-    return found[0][1] if found else 0.0
-
-
-def explain(model: nn.Module, guards: Sequence[Guard]) -> list[dict[str, Any]]:
-    """What guards do with every trainable tensor, as plain values; guards that do not say are left out."""
-    rows = []
-    for guard in guards:
-        plans = guard.explain(model) if callable(getattr(guard, "explain", None)) else ()  # type: ignore[attr-defined]
-        for plan in plans:
-            fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(plan).items()}
-            rows.append({"guard": guard.name, **fields})
-    return rows
 
 
 @contextlib.contextmanager
