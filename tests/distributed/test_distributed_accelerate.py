@@ -20,7 +20,7 @@ def prepared(folder: str) -> dict[str, Any]:
     # accelerate itself offers FSDP on accelerators only, and on a CPU does the same once it is told to
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False,
-        state_dict_type="SHARDED_STATE_DICT",
+        state_dict_type="FULL_STATE_DICT",  # accelerate 1.10 loads no shards into an optimizer without a state
     )  # fmt: skip
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP

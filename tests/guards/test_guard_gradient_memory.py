@@ -13,7 +13,7 @@ from reference_gradient_memory import ReferenceGradientMemory
 from torch import Tensor, nn
 
 from growthring.errors import ConfigError, GuardError
-from growthring.guards import GradientMemory, LinearSchedule
+from growthring.guards import PEGP, GradientMemory, LinearSchedule
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -499,6 +499,14 @@ def test_calls_out_of_order_and_models_without_sites() -> None:
         guard.attach(nn.LayerNorm(4))
     with pytest.raises(GuardError, match="meta device"):
         guard.attach(nn.Linear(4, 4, device="meta"))
+
+
+@pytest.mark.parametrize("kind", [GradientMemory, PEGP])
+def test_shards_are_refused(kind: type[GradientMemory] | type[PEGP]) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.device_mesh = object()  # type: ignore[assignment]  # as a DTensor has one
+    with pytest.raises(GuardError, match="1 trainable tensors are DTensors"):
+        kind().attach(layer)
 
 
 def test_a_task_without_steps_or_gradients_is_told() -> None:

@@ -125,7 +125,7 @@ def check_trainable(
         asked: Which of that it was asked for.
 
     Raises:
-        GuardError: If nothing trains, no site does, or weights are not there yet (meta device).
+        GuardError: If nothing trains, no site does, weights are not there yet (meta device), or lie on several ranks.
     """
     trainable = [n for n, p in parameters.items() if p.requires_grad]
     if not trainable:
@@ -144,4 +144,10 @@ def check_trainable(
         raise GuardError(
             f"{who}: {len(absent)} trainable tensors are on the meta device (the first: {absent[0]}); load "
             "the weights first"
+        )
+    spread = [n for n in trainable if hasattr(parameters[n], "device_mesh")]
+    if spread:
+        raise GuardError(
+            f"{who}: {len(spread)} trainable tensors are DTensors (the first: {spread[0]}), as FSDP2 makes them, and "
+            "guards measure and correct whole tensors. Train with DDP (DistributedDataParallel), or without the guard"
         )

@@ -18,7 +18,6 @@ __all__ = [
     "like_rows",
     "local",
     "local_gradient",
-    "refuse_flat",
     "row_shard",
     "write_back",
 ]
@@ -94,24 +93,6 @@ def row_shard(parameter: Tensor) -> Shard | None:
     size = -(-rows // ranks)
     counts = tuple(max(0, min(size, rows - rank * size)) for rank in range(ranks))
     return Shard(mesh.get_group(found), min(here * size, rows), counts[here], counts)
-
-
-def refuse_flat(parameter: Tensor, who: str) -> None:
-    """Refuse parameters that a wrapper has flattened: their rows cannot be told.
-
-    Raises:
-        ConfigError: Naming the wrapper and what works in its place.
-    """
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_shape"):
-        wrapper = "partitioned by DeepSpeed ZeRO"
-    elif getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
-        wrapper = "wrapped by FullyShardedDataParallel (FSDP1)"
-    else:
-        return
-    raise ConfigError(
-        f"{who}: a parameter is {wrapper}, which flattens matrices to one dimension; a projection needs whole rows. "
-        "Use DDP or FSDP2 (fully_shard) instead"
-    )
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ from growthring.subspace import Subspace, full_precision
 
 from . import _state
 from ._averaging import agree_on_gradients, average, check_process_group
-from ._matrix import as_matrix, local, local_gradient, refuse_flat, row_shard, write_back
+from ._checks import check_gradient, check_group, check_protected, check_whole
+from ._matrix import as_matrix, local, local_gradient, row_shard, write_back
 from ._options import ParameterPlan, check_options, matrix_shape, plan_of
 from ._owner import ranges_by_owners
 from ._products import (
@@ -164,41 +165,12 @@ class GORP(torch.optim.Optimizer):
             raise ConfigError(f"{who}: a parameter group has the option {name!r}; {nearest(name, self.defaults)}")
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1], who)
+            has_matrices = check_group(self.param_groups[-1], who)
         except ConfigError:
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any], who: str) -> None:
-        check_options(group, who)
-        complexes = [tuple(p.shape) for p in group["params"] if p.is_complex()]
-        if complexes:
-            raise ConfigError(
-                f"{who}: a parameter of shape {complexes[0]} is complex; real floating parameters are needed. View it "
-                "as real (torch.view_as_real) or give it another optimizer"
-            )
-        for p in group["params"]:
-            refuse_flat(p, who)
-        matrices = [matrix_shape(p) for p in group["params"] if p.ndim > 1 and p.requires_grad]
-        rank = group["rank"]
-        if rank is not None and matrices and rank > max(min(shape) for shape in matrices):
-            raise ConfigError(
-                f"{who}(rank={rank}): it is above every matrix of its group; the largest shorter side is "
-                f"{max(min(shape) for shape in matrices)}. Lower the rank, or give the group rank=None for AdamW"
-            )
-        if rank is not None and matrices:
+        if has_matrices:
             self._of_matrices.add(len(self.param_groups) - 1)
-
-    def _check_whole(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Refuse what a wrapper has put in the place of matrices since they were given."""
-        refuse_flat(p, type(self).__name__)
-        number = next(i for i, one in enumerate(self.param_groups) if one is group)
-        if number in self._of_matrices and group["rank"] is not None and all(q.ndim < 2 for q in group["params"]):
-            raise ConfigError(
-                f"{type(self).__name__}: parameter group {number} had matrices and now has flat parameters only (one "
-                f"of {p.numel()} numbers), as DeepSpeed ZeRO and FSDP1 make them; a projection needs whole rows. Use "
-                "DDP or FSDP2 (fully_shard) instead"
-            )
 
     def explain(self) -> tuple[ParameterPlan, ...]:
         """How each parameter is treated, and why."""
@@ -307,46 +279,25 @@ class GORP(torch.optim.Optimizer):
         for p, group, ordinal in self._projected():
             projected.add(p)
             if p.grad is not None or p in self._given:
-                self._check_gradient(p)
+                check_gradient(p)
                 jobs.append(self._job(p, group, ordinal))
         if not self._spaces.keys() <= projected:
-            self._check_protected()
+            check_protected(self._spaces, self.param_groups)
         others = [
             [p for p in group["params"] if p.requires_grad and p.grad is not None and p not in projected]
             for group in self.param_groups
         ]
         for p in chain.from_iterable(others):
-            self._check_gradient(p)
+            check_gradient(p)
         self._step_projected(jobs, [p.grad for p in chain.from_iterable(others) if p.grad is not None])
         for group, members in zip(self.param_groups, others, strict=True):
             if members:
                 self._step_adamw(members, group)
 
-    def _check_protected(self) -> None:
-        ours = {p for group in self.param_groups for p in group["params"]}
-        lost = [tuple(p.shape) for p in self._spaces if p not in ours]
-        if lost:
-            raise ConfigError(
-                f"protect: {len(lost)} protected parameters (the first of shape {lost[0]}) are no longer in the "
-                "parameter groups; accelerate replaces them when it shards a model. Call protect() after prepare()"
-            )
-
-    def _average(self, tensors: list[Tensor]) -> None:
-        if self.average_over is not None:
-            average(tensors, self.average_over)
-
-    @staticmethod
-    def _check_gradient(p: Tensor) -> None:
-        if p.grad is not None and (p.grad.is_sparse or p.grad.layout != torch.strided):
-            raise ConfigError(
-                f"a parameter of shape {tuple(p.shape)} has a sparse gradient; dense ones are needed. Set "
-                "sparse=False in its embedding, or give it torch.optim.SparseAdam"
-            )
-
     def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
             if not self.state[p]:
-                self._check_whole(p, group)
+                check_whole(p, group, self.param_groups, self._of_matrices)
             _state.start_adamw(self.state[p], p)
         lost, betas = group["weight_decay"], group["betas"]
         for members in by_step(parameters, self.state) if self._published else [parameters]:
@@ -392,7 +343,8 @@ class GORP(torch.optim.Optimizer):
         skipped = set(due) - self._search(due)
         rest = [j for j in jobs if j not in skipped]
         project(j for j in rest if j.coordinates is None)
-        self._average([j.known for j in rest if j not in due] + others)
+        if self.average_over is not None:
+            average([j.known for j in rest if j not in due] + others, self.average_over)
         held = dict(zip(rest, energies([j.known for j in rest], rest), strict=True))
         # a gradient wholly beside its basis would wait for a refresh that never comes: no step, no count
         found = self._search([j for j in rest if held[j] == 0.0 and j not in due])
@@ -411,7 +363,8 @@ class GORP(torch.optim.Optimizer):
         """Find bases; returns the jobs whose gradient allows it."""
         known = [j for j in jobs if j.gradient is not None]
         gradients = [j.gradient for j in known if j.gradient is not None]
-        self._average(gradients)
+        if self.average_over is not None:
+            average(gradients, self.average_over)
         found = energies(gradients, known)
         usable = {j: energy for j, energy in zip(known, found, strict=True) if is_usable(energy)}
         dense = [j for j in usable if j.shard is not None and j.group["range_finder"] in ("full", "gram")]

@@ -21,6 +21,7 @@ from torch import Tensor
 from growthring.errors import ConfigError
 from growthring.subspace import full_precision
 
+from ._checks import check_gradient
 from ._matrix import is_dtensor, local
 from ._products import Job, project
 from .gorp import GORP
@@ -150,7 +151,7 @@ class LayerWise:
                 f"LayerWise: the gradient of a parameter of shape {tuple(p.shape)} was freed by another hook in the "
                 "same backward, perhaps by layer-wise mode of an earlier optimizer; remove() that first"
             )
-        optimizer._check_gradient(p)
+        check_gradient(p)
         if p in self._whole or "basis" not in optimizer.state.get(p, {}):
             return
         number, ordinal = self._places[p]
