@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -510,3 +511,70 @@ def test_lora_of_bert_under_gorp() -> None:
     assert certificate.kept
     assert {s.kind for s in certificate.sites} == {"lora_A"}
     assert any("go on from an earlier task" in n for n in certificate.notes)
+
+
+# --- what was seen, and what was not --------------------------------------------------------------------------------
+
+
+def seen_after(optimizer: GORP | None, model: nn.Module, guard: GradientMemory, **settings: Any) -> tuple[str, ...]:
+    guard.attach(model)
+    guard.begin_task()
+    if optimizer is not None:
+        guard.bind(optimizer)
+    stepping = optimizer or gorp(model, **settings)
+    for _ in range(12):
+        stepping.zero_grad()
+        model(rows(4, 20, 1)).square().sum().backward()
+        guard.before_step()
+        stepping.step()
+        guard.after_step()
+    return guard.end_task("one").notes
+
+
+def test_the_certificate_says_how_much_of_the_gradients_a_small_basis_showed() -> None:
+    model = tall()
+    notes = seen_after(gorp(model, rank=1), model, GradientMemory(0.9, unprotected="allow"))
+    assert any("% of the gradients' energy when last found" in note for note in notes)
+    model = tall()
+    notes = seen_after(gorp(model, rank=3, refresh=1), model, GradientMemory(0.9, unprotected="allow"))
+    assert not any("subspaces held" in note for note in notes), "four inputs; three directions hold nearly all"
+
+
+def test_gradients_that_layer_wise_mode_frees_are_missed_aloud() -> None:
+    from growthring.optim import LayerWise
+
+    model = tall()
+    optimizer = gorp(model, rank=3)
+    guard = GradientMemory(0.9, unprotected="allow")
+    guard.attach(model)
+    guard.begin_task()
+    with LayerWise(optimizer):
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(rows(4, 20, 1)).square().sum().backward()
+            guard.before_step()
+            optimizer.step()
+            guard.after_step()
+    assert any("were not there" in note for note in guard.end_task("one").notes)
+
+
+def test_the_moment_of_a_skipped_matrix_is_not_read_as_a_whole_one() -> None:
+    """With rank = n the projected moment has the shape of the weight, and other coordinates."""
+    model = nn.Sequential(nn.Linear(4, 16, bias=False))
+    optimizer = GORP(model.parameters(), lr=1e-3, rank=4, refresh=50)
+    guard = GradientMemory(0.9, source="momentum")
+    guard.attach(model)
+    guard.begin_task()
+    guard.bind(optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        (model(torch.eye(4)[:1] + step).square().sum() * (float("nan") if step == 2 else 1.0)).backward()
+        if step == 2:
+            before = {n: w.gram.clone() for n, w in guard._task.statistics._windows.items()}  # type: ignore[union-attr]
+        guard.before_step()
+        with pytest.warns(UserWarning, match="skipped") if step == 2 else contextlib.nullcontext():
+            optimizer.step()
+        guard.after_step()
+    after = guard._task.statistics  # type: ignore[union-attr]
+    assert not after._moments
+    assert all(torch.equal(before[n], w.gram) for n, w in after._windows.items())

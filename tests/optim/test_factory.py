@@ -126,3 +126,18 @@ def test_it_trains(kind):
         net(ids).square().mean().backward()
         optimizer.step()
     assert net(ids).square().mean().item() < 0.5 * before
+
+
+def test_the_layer_that_lora_is_around_has_its_own_name():
+    model = adapted()
+    model.base_model.model["a"].base_layer.weight.requires_grad_(True)
+    found = plans(GORPFactory()(model, rank=4, targets=["a"]))
+    assert [name for name, plan in found.items() if plan.treatment == "projected"] == [
+        "base_model.model.a.base_layer.weight"
+    ]
+
+
+@pytest.mark.parametrize("kind", [GORP, GaLore])
+def test_an_unknown_option_names_the_near_one(kind):
+    with pytest.raises(ConfigError, match=rf"{kind.__name__} has no option 'raank'; did you mean 'rank'"):
+        GORPFactory()(Net(), optimizer=kind, raank=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import warnings
 
 import pytest
@@ -149,3 +150,16 @@ def test_a_compiled_rule_follows_what_a_schedule_changes(eager, kind):
         schedule.step()
     assert not torch.equal(p, before)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler here")
+@pytest.mark.filterwarnings("ignore")  # what the compiler warns of is its own
+def test_a_rule_that_is_really_compiled_takes_the_same_steps():
+    ends = []
+    for compiled in (False, True):
+        params = parameters([(12, 8), (8, 12)], dtype=torch.float32)
+        optimizer = GORP(params, lr=0.05, rank=3, refresh=2, compile=compiled)
+        run(optimizer, params, [gradients((12, 8), 4), gradients((8, 12), 4)])
+        ends.append(snapshot(params))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

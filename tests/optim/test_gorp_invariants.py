@@ -155,6 +155,16 @@ def test_invariant_05_a_full_two_sided_projection_loses_nothing(shape):
     assert (update_of(optimizer, p, [g]) + g).norm() / g.norm() < LIMIT
 
 
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-6, 1e-4, 1e-2])
+def test_invariant_05_holds_where_singular_values_coincide(gap):
+    """Inside a space of equal singular values a solver may turn as it likes: what it turns away is not noise."""
+    p = nn.Parameter(torch.zeros(12, 8))
+    optimizer = GORP([p], lr=1.0, rank=8, side="two-sided", rule="momentum")
+    values = 1.0 + gap * torch.arange(8)
+    g = (orthonormal(12, 8, 1, torch.float32) * values) @ orthonormal(8, 8, 2, torch.float32).T
+    assert (update_of(optimizer, p, [g]) + g).norm() / g.norm() < LIMIT
+
+
 # --- 6 and 7: what is protected -------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,9 @@ class Factors(NamedTuple):
 
     def update(self) -> Tensor:
         """``scale * b @ a``, ``(out, in)`` in float64."""
-        return self.scale * (self.b.detach().double() @ self.a.detach().double())
+        where = "cpu" if self.a.device.type == "mps" else self.a.device  # MPS has no float64
+        a, b = (t.detach().to(where).double() for t in (self.a, self.b))
+        return self.scale * (b @ a)
 
 
 class Branches:

@@ -127,11 +127,9 @@ class Constraint:
     def leaks(self) -> dict[str, Leak]:
         """What of every guarded site's update so far lies in its protected space, in float64, by site."""
         leaks: dict[str, Leak] = {}
-        now = {name: self._parameters[name].detach().double() for name in self.anchors}
-        then = {name: anchor.double() for name, anchor in self.anchors.items()}
-        for site, space in zip(self.guarded, self.spaces, strict=True):
-            anchor = site.read(then)
-            delta = site.read(now) - anchor
+        for site, space in zip(self.guarded, self.spaces, strict=True):  # one at a time: float64 is twice as large
+            anchor = site.read({name: _wide(self.anchors[name]) for name in site.tensors})
+            delta = site.read({name: _wide(self._parameters[name].detach()) for name in site.tensors}) - anchor
             size = float(delta.norm())
             eps = min(torch.finfo(self._parameters[site.parameter].dtype).eps, torch.finfo(torch.float32).eps)
             leaks[site.name] = Leak(space.share(delta), eps / 2 * float(anchor.norm()) / size if size else 0.0)
@@ -175,3 +173,8 @@ class Constraint:
 def _write(sites: Sequence[Site], tensors: Mapping[str, Tensor], matrices: Sequence[Tensor]) -> None:
     for site, matrix in zip(sites, matrices, strict=True):
         site.write(tensors, matrix)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, which MPS lacks."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device).double()

@@ -151,7 +151,8 @@ class FreshLoRA(BranchGuard):
         for name, f in branches.factors(branch):
             layer = branches.layers[name]
             weight, update = layer.get_base_layer().weight, f.update()
-            weight.copy_(weight.double() + (update.mT if layer.fan_in_fan_out else update).to(weight.device))
+            wide = weight.to(update.device).double()
+            weight.copy_(wide + (update.mT if layer.fan_in_fan_out else update))
             f.b.zero_()
             narrow += weight.dtype in (torch.float16, torch.bfloat16)
         return narrow
@@ -167,7 +168,7 @@ class FreshLoRA(BranchGuard):
         found = super()._rounding(branches)
         if self.merge:
             for name, layer in branches.layers.items():
-                found[name] += 1e-4 * float(layer.get_base_layer().weight.detach().double().norm())
+                found[name] += 1e-4 * float(layer.get_base_layer().weight.detach().norm())
         return found
 
     def _check_mergeable(self, model: nn.Module) -> None:

@@ -65,7 +65,8 @@ class GradientMemory(Guard):
         energy: Share of a task's gradient energy (squared norm) to protect, in (0, 1]: one number, one for each kind
             of site (``{"linear": 0.9, "conv": 0.9, "lora_A": 0.95, "lora_B": 0.95}``, 0.95 where left out), or a
             :class:`LinearSchedule` over tasks in place of any number. Of a later task only what is not protected
-            already counts. 1.0 protects every direction above rounding noise. Default 0.95.
+            already counts, and of an optimizer that steps in a subspace what that subspace shows (the certificate
+            notes how much that is). 1.0 protects every direction above rounding noise. Default 0.95.
         side: ``"input"`` (default): ``dW u = 0``, what protected inputs compute stays. ``"output"``: ``u^T dW = 0``,
             as the release does. ``"both"``.
         source: ``"gradient"`` (default): all gradients of the task. ``"momentum"``: Adam's first moment after every

@@ -119,7 +119,7 @@ class GradientTask:
                 told.append(f"over its last steps the optimizer let through up to {worst:.1e} of an update")
             self._sweep({site.parameter for site, _ in self._survey.fresh(self._spaces)})
             leaks = task.leaks()
-        told += notes.of_steps(task, leaks)
+        told += notes.of_steps(task, leaks) + self._watch.told()
         if reading := self._survey.reading(self._spaces, task.anchors):
             told.append(
                 f"{len(reading)} LoRA factors go on from an earlier task and meet protected directions (the first: "

@@ -19,6 +19,8 @@ __all__ = ["GradientWatch", "Source"]
 
 Source = Literal["gradient", "momentum", "exp_avg"]
 
+SEEN = 0.95
+"""Below this share of whole gradients a certificate says how much of them an optimizer has shown."""
 AGAIN = 10
 """After so many steps the sizes of unprojected gradients are measured again: they are but a scale."""
 
@@ -52,6 +54,7 @@ class GradientWatch:
         self._shown: set[nn.Parameter] = set()  # what it has shown since the last step
         self._guarded = {self._parameters[name] for name in guarded}
         self._floors: dict[nn.Parameter, Tensor] = {}  # norms of gradients up to which they are rounding
+        self._asked, self._missed = 0, 0  # gradients looked for on parameters, and those that were not there
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Watch this optimizer from now on."""
@@ -99,6 +102,23 @@ class GradientWatch:
                 if moment is not None and self._source == "momentum":
                     self._add(parameter, moment)
 
+    def told(self) -> list[str]:
+        """What a reader should know of how much was seen."""
+        found = []
+        if 2 * self._missed > self._asked:
+            found.append(
+                f"{self._missed} of {self._asked} gradients that were looked for were not there. In layer-wise mode "
+                "they are freed in backward: call guard.bind(optimizer), so that the optimizer shows its coordinates"
+            )
+        states = [self._optimizer.state.get(p, {}) for p in self._sites] if self._shows else []
+        shares = [float(s["share"]) for s in states if "share" in s and int(s["refreshes"])]
+        if shares and (mean := sum(shares) / len(shares)) < SEEN:
+            found.append(
+                f"the optimizer's subspaces held {100 * mean:.0f} % of the gradients' energy when last found (mean of "
+                f"{len(shares)} matrices): energy is a share of what they showed, not of whole gradients"
+            )
+        return found
+
     def finish(self) -> dict[str, SecondMoment]:
         """The task has ended: its second moments, by layer and side.
 
@@ -136,8 +156,13 @@ class GradientWatch:
 
     def _add_gradients(self) -> None:
         for parameter in self._sites:
-            if parameter.grad is not None and parameter not in self._shown:
+            if parameter in self._shown:
+                continue
+            self._asked += 1
+            if parameter.grad is not None:
                 self._add(parameter, parameter.grad)
+            else:
+                self._missed += 1
 
     def _add(self, parameter: nn.Parameter, value: Tensor) -> None:
         for site in self._sites[parameter]:
@@ -152,6 +177,8 @@ class GradientWatch:
                 "source='gradient'"
             )
         state: Mapping[str, Any] = self._optimizer.state.get(parameter, {})
+        if "basis" in state:
+            return None  # of a subspace, and shown in every step that was taken
         moment: Tensor | None = state.get("exp_avg")
         if moment is None and isinstance(self._optimizer, torch.optim.SGD):
             moment = state.get("momentum_buffer")

@@ -38,7 +38,8 @@ def check_group(group: Mapping[str, Any], who: str) -> bool:
     if rank is not None and matrices and rank > max(min(shape) for shape in matrices):
         raise ConfigError(
             f"{who}(rank={rank}): it is above every matrix of its group; the largest shorter side is "
-            f"{max(min(shape) for shape in matrices)}. Lower the rank, or give the group rank=None for AdamW"
+            f"{max(min(shape) for shape in matrices)}. Lower the rank (optimizer.rank in a stream's "
+            "file), or give the group rank=None for AdamW"
         )
     return rank is not None and bool(matrices)
 

@@ -112,6 +112,8 @@ def energies(tensors: Sequence[Tensor], jobs: Sequence[Job]) -> list[float]:
 def totals(tensors: Sequence[Tensor], jobs: Sequence[Job], *, largest: bool = False) -> list[Tensor]:
     """Each tensor's sum, or largest entries, over the ranks that share the rows of its job; one message for all."""
     found = list(tensors)
+    if all(job.shard is None for job in jobs):
+        return found
     together: dict[Any, list[int]] = defaultdict(list)
     for i, job in enumerate(jobs):
         if job.shard is not None:
@@ -130,17 +132,17 @@ def is_usable(energy: float) -> bool:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    flat = tensor if tensor.is_contiguous() else tensor.mT
-    if not flat.is_contiguous():
-        return torch.linalg.vector_norm(tensor).square()
-    flat = flat.reshape(-1)
+    if not tensor.is_contiguous():
+        tensor = tensor.mT if tensor.mT.is_contiguous() else tensor.contiguous()
+    flat = tensor.view(-1)
     return torch.dot(flat, flat)
 
 
 def _peak(tensor: Tensor) -> Tensor:
     """The largest magnitude in float64; infinite for NaN, which the maximum over ranks may drop."""
     peak = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
-    return peak.double().nan_to_num(nan=math.inf, posinf=math.inf)
+    wide = torch.float32 if peak.device.type == "mps" else torch.float64
+    return peak.to(wide).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def project(jobs: Iterable[Job]) -> None:

@@ -3,9 +3,8 @@
 A basis is *canonical*: rotated to the singular basis of the gradient that it was found from, each column with its
 largest entry positive. So the coordinates of two runs agree where their subspaces do, on one machine or on several.
 
-Costs for ``m x n`` in multiply-adds, a refresh: ``warm`` ``3 m n r`` (one product more than a step needs anyway and
-one again in the new basis), ``randomized`` ``(2 q + 2) m n (r + 8)``, ``gram`` ``m n^2 + 9 n^3``, ``full`` about
-``14 m n^2``. What is protected adds ``k (m + n) r`` to the first two: the gradient itself is not projected, only the
+Costs for ``m x n`` in multiply-adds, a refresh: ``warm`` ``2 m n r`` beyond what a step needs anyway, ``randomized``
+``(2 q + 2) m n (r + 8)``, ``gram`` ``m n^2 + 9 n^3``, ``full`` about ``14 m n^2``. What is protected adds ``k (m + n) r`` to the first two: the gradient itself is not projected, only the
 thin factors are.
 """
 
@@ -23,7 +22,16 @@ from growthring.subspace import Subspace, find_range
 from ._matrix import Shard, local
 from ._options import SIDE_CODES
 
-__all__ = ["Spaces", "canonical", "dense_range", "find_basis", "is_outside", "rotate_moments", "times"]
+__all__ = [
+    "Spaces",
+    "canonical",
+    "dense_range",
+    "find_basis",
+    "is_outside",
+    "rotate_moments",
+    "times",
+    "without_noise",
+]
 
 _OVERSAMPLE = 8
 _ITERATIONS = 2
@@ -153,13 +161,13 @@ def find_basis(
         inner = outside.reject_outputs(times(gradient, previous), shard) / norm
         moved = outside.reject_inputs(total(inner.mT @ gradient).mT)
         found = moved / _peak(moved.abs().amax()) + torch.finfo(moved.dtype).eps * previous
-        found = torch.linalg.qr(found)[0]
+        found = _orthonormal(found)
     elif method in ("warm", "randomized"):
         found = _randomized(gradient, free, seed, norm, outside, shard, total)
     elif found is None:
         found = dense_range(gradient, rank, method, spaces=spaces, raw=raw, turned=turned)
     if outside.inputs is not None and outside.inputs.rank:
-        found = torch.linalg.qr(outside.reject_inputs(found[:, : max(free, 1)]))[0]
+        found = _orthonormal(outside.reject_inputs(found[:, : max(free, 1)]))
         found = outside.reject_inputs(found)  # twice is enough: what the first left is rounding
     coordinates = outside.reject_outputs(times(gradient, found), shard)
     if raw and method == "full" and found.shape[1] == rank:
@@ -207,11 +215,11 @@ def _randomized(
     width = min(rank + _OVERSAMPLE, n if spaces.inputs is None else spaces.inputs.free)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, width, generator=generator, dtype=gradient.dtype).to(gradient.device)
-    q = torch.linalg.qr(spaces.reject_inputs(start))[0]
+    q = _orthonormal(spaces.reject_inputs(start))
     for _ in range(_ITERATIONS):
         inner = spaces.reject_outputs(times(gradient, q), shard) / norm
         moved = spaces.reject_inputs(total(inner.mT @ gradient).mT)
-        q = torch.linalg.qr(moved / _peak(moved.abs().amax()) + torch.finfo(moved.dtype).eps * q)[0]
+        q = _orthonormal(moved / _peak(moved.abs().amax()) + torch.finfo(moved.dtype).eps * q)
     return q
 
 
@@ -230,14 +238,12 @@ def canonical(
     """
     wide = (coordinates / norm).to(_solver_dtype(coordinates))
     gram = total(wide.mT @ wide)
-    values, vectors = (t.flip(-1)[..., :rank] for t in torch.linalg.eigh(gram))
+    values, vectors = (t.flip(-1)[..., :rank] for t in torch.linalg.eigh(gram.to(_solver(gram))))
     # a direction of rounding noise is none: Adam would make full steps of it
-    noise = _NOISE * max(basis.shape[0], rows) ** 0.5 * torch.finfo(basis.dtype).eps
-    vectors = (vectors * (values > noise**2 * values[0])).to(basis)
-    basis, coordinates = basis @ vectors, coordinates @ vectors
-    places = basis.abs().argmax(0, keepdim=True)
-    signs = torch.where(basis.gather(0, places) < 0, -1.0, 1.0).to(basis)
-    basis, coordinates = basis * signs, coordinates * signs
+    vectors = (vectors * (values > _noise(max(basis.shape[0], rows), basis.dtype) ** 2 * values[0])).to(basis)
+    basis = basis @ vectors
+    signs = torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(basis)
+    basis, coordinates = basis * signs, coordinates @ (vectors * signs)
     missing = rank - basis.shape[1]
     if missing > 0:
         basis, coordinates = (torch.nn.functional.pad(t, (0, missing)) for t in (basis, coordinates))
@@ -277,8 +283,32 @@ def rotate_moments(first: Tensor, second: Tensor | None, rotation: Tensor) -> No
         return
     shares = rotation.square()
     unseen = (1.0 - shares.sum(0)).clamp_(min=0.0)
-    mean = second.mean(-1, keepdim=True)
-    second.copy_(second @ shares + mean * unseen)
+    second.copy_(second @ (shares + unseen / second.shape[-1]))  # the mean of a row is a product, too
+
+
+def without_noise(coordinates: Tensor, size: int) -> Tensor:
+    """Two-sided coordinates ``(r, r)``, all but diagonal in a new basis, without what is rounding beside it.
+
+    Args:
+        coordinates: Changed in place.
+        size: Of the matrix that they were made of: its rows and columns together.
+    """
+    peak = coordinates.abs().amax()
+    return coordinates.masked_fill_(coordinates.abs() <= _noise(size, coordinates.dtype) * peak, 0.0)
+
+
+def _noise(size: int, dtype: torch.dtype) -> float:
+    """What of the largest may be rounding."""
+    return _NOISE * float(size) ** 0.5 * torch.finfo(dtype).eps
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    return torch.linalg.qr(columns.to(_solver(columns)))[0].to(columns.device)
+
+
+def _solver(tensor: Tensor) -> torch.device:
+    """Where decompositions run: not on MPS, which lacks them."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ._matrix import local
 from ._products import Job, energies
-from ._ranges import Spaces, find_basis, rotate_moments
+from ._ranges import Spaces, find_basis, rotate_moments, without_noise
 
 __all__ = ["refresh"]
 
@@ -31,14 +30,13 @@ def refresh(job: Job, energy: float, whole: Tensor | None, *, raw: bool) -> None
     basis, coordinates = find_basis(
         gradient, rank, method, previous=previous, found=whole, turned=job.side == "left", **find
     )
-    if method == "warm":
-        share = energies([coordinates], [job])[0] / energy
-        if previous is not None and share < 0.5 * float(state["share"]):
-            other, others = find_basis(gradient, rank, "randomized", previous=None, **find)
-            held = energies([others], [job])[0] / energy
-            if held > share:
-                basis, coordinates, share = other, others, held
-        state["share"].fill_(share)
+    share = energies([coordinates], [job])[0] / energy
+    if method == "warm" and previous is not None and share < 0.5 * float(state["share"]):
+        other, others = find_basis(gradient, rank, "randomized", previous=None, **find)
+        held = energies([others], [job])[0] / energy
+        if held > share:
+            basis, coordinates, share = other, others, held
+    state["share"].fill_(share)
     state["basis"] = basis
     rotates = bool(state["step"]) and group["rotate"]
     second = state.get("exp_avg_sq")
@@ -52,7 +50,7 @@ def refresh(job: Job, energy: float, whole: Tensor | None, *, raw: bool) -> None
         else:
             outside = Spaces(job.spaces.outputs, None, job.spaces.exact)
             out, found = find_basis(coordinates.mT, rank, "full", **find | {"spaces": outside, "previous": None})
-            coordinates = torch.diag(found.diagonal())  # beside it is rounding, and Adam makes steps of that
+            coordinates = without_noise(found.mT.contiguous(), sum(job.parameter.shape))
         if rotates:
             rotate_moments(job.first.mT, None if second is None else second.mT, job.out.mT @ out)
         state["basis_out"] = out

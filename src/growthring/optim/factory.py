@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from growthring.errors import ConfigError
+from growthring.errors import ConfigError, nearest
 
 from .gorp import GORP
 
@@ -55,7 +56,11 @@ class GORPFactory:
         Raises:
             ConfigError: If nothing can be trained or projected, or a target is no such layer.
         """
-        rank = options.pop("rank", 8)
+        known = {**inspect.signature(GORP).parameters, **inspect.signature(optimizer).parameters}
+        for name in options:
+            if name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+                raise ConfigError(f"GORPFactory: {optimizer.__name__} has no option {name!r}; {nearest(name, known)}")
+        rank = options.pop("rank", known["rank"].default)
         found = _matrices(model)
         chosen = {w for w in found if ".lora_" not in w} if targets is None else _chosen(found, targets)
         rate = lr if full_rank_lr is None else full_rank_lr
@@ -93,7 +98,7 @@ def _matrices(model: nn.Module) -> dict[str, str]:
     kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return {
-        f"{name}.weight" if name else "weight": name
+        f"{name}.weight" if name else "weight": name.removesuffix(".base_layer")  # as LoRA calls what it is around
         for name, module in model.named_modules()
         if isinstance(module, kinds) and module.weight.requires_grad and id(module.weight) not in embedded
     }

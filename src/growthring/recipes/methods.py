@@ -296,9 +296,9 @@ def _family() -> Iterator[Method]:
 def _projected() -> Iterator[Method]:
     state = "Optimizer state of rank r in place of twice the weights; a search for the subspace every so many steps."
     memory = (
-        "No step moves a weight along the directions in which the gradients of earlier tasks pointed: the share that "
-        "does is measured after every task and is rounding error. What earlier gradients did not show may change. In "
-        "mode paper a tenth to a fifth of a step leaks, and that is measured too."
+        "No step moves a weight along the leading directions of earlier tasks' gradients, as many as hold the share "
+        "energy of what the optimizer's subspaces showed of them. The share of an update that does is measured after "
+        "every task and is rounding error. All else may change. In mode paper Adam leaks, which is measured too."
     )
     yield Method(
         name="galore",
@@ -325,7 +325,8 @@ def _projected() -> Iterator[Method]:
         optimizer="gorp",
         paper=_GORP,
         guarantee=memory,
-        cost=f"{state} At most d*d/2 floats a matrix however many tasks. The whole model is stored.",
+        cost=f"{state} While a task trains one copy of each guarded weight; at most d*d/2 floats a matrix over all "
+        "tasks. The whole model is stored.",
         use_when="LoRA alone is too narrow and a full optimizer state too large; it needs no pass over old inputs.",
         avoid_when="Old outputs have to be bounded: gradients are no inputs. Take pegp or pegp-linear.",
         learning_rate=1e-3,
@@ -342,7 +343,8 @@ def _projected() -> Iterator[Method]:
         optimizer="gorp",
         paper=_GORP,
         guarantee=memory,
-        cost=f"A whole model to train and to store, at most d*d/2 floats a matrix. {state}",
+        cost=f"A whole model to train and to store, a copy of it while a task trains, at most d*d/2 floats a matrix. "
+        f"{state}",
         use_when="As gorp, where every layer has to learn.",
         avoid_when="Old outputs have to be bounded: gradients are no inputs. Take pegp-linear.",
         learning_rate=2e-4,

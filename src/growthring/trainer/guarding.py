@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from growthring.errors import ConfigError
-from growthring.guards import PEGP, Guard, GuardCallback
+from growthring.guards import PEGP, FreshLoRA, Guard, GuardCallback
 from growthring.streams import TaskStream
 
 __all__ = ["check_one_pass", "explain", "guard_callbacks", "merge_weight", "prepares", "undecided"]
@@ -99,11 +99,17 @@ def undecided(guard: Guard) -> bool:
 
 
 def explain(model: nn.Module, guards: Sequence[Guard]) -> list[dict[str, Any]]:
-    """What guards do with every trainable tensor, as plain values; guards that do not say are left out."""
+    """What guards do with every trainable tensor, as plain values; guards that do not say are left out.
+
+    Of what :class:`FreshLoRA` begins anew and another guard speaks of, only the other's word counts.
+    """
     rows = []
-    for guard in guards:
-        plans = guard.explain(model) if callable(getattr(guard, "explain", None)) else ()  # type: ignore[attr-defined]
+    said = [g.explain(model) if callable(getattr(g, "explain", None)) else () for g in guards]  # type: ignore[attr-defined]
+    spoken = {p.name for g, plans in zip(guards, said, strict=True) if not isinstance(g, FreshLoRA) for p in plans}
+    for guard, plans in zip(guards, said, strict=True):
         for plan in plans:
+            if isinstance(guard, FreshLoRA) and plan.name in spoken:
+                continue
             fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(plan).items()}
             rows.append({"guard": guard.name, **fields})
     return rows
