@@ -25,7 +25,6 @@ _LORA = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _WEIGHTS = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
 _GUARDED = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 _PROJECTED = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-_NARROW = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 _RANK = 8
 """Of LoRA."""
 
@@ -76,12 +75,6 @@ METHODS: Mapping[str, Method] = {
     "gorp": Method(
         _PROJECTED,
         optimizer=("GORP", _SUBSPACE),
-        guards={"GradientMemory": {"side": "input"}},
-        energies=(0.8, 0.95),
-    ),
-    "gorp-8": Method(
-        _NARROW,
-        optimizer=("GORP", {**_SUBSPACE, "rank": 8}),
         guards={"GradientMemory": {"side": "input"}},
         energies=(0.8, 0.95),
     ),

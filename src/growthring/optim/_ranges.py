@@ -4,8 +4,8 @@ A basis is *canonical*: rotated to the singular basis of the gradient that it wa
 largest entry positive. So the coordinates of two runs agree where their subspaces do, on one machine or on several.
 
 Costs for ``m x n`` in multiply-adds, a refresh: ``warm`` ``2 m n r`` beyond what a step needs anyway, ``randomized``
-``(2 q + 2) m n (r + 8)``, ``gram`` ``m n^2 + 9 n^3``, ``full`` about ``14 m n^2``. What is protected adds ``k (m + n) r`` to the first two: the gradient itself is not projected, only the
-thin factors are.
+``(2 q + 2) m n (r + 8)``, ``gram`` ``m n^2 + 9 n^3``, ``full`` about ``14 m n^2``. What is protected adds ``k (m + n)
+r`` to the first two: the gradient itself is not projected, only the thin factors are.
 """
 
 from __future__ import annotations
