@@ -14,7 +14,6 @@ TITLES: Mapping[str, str] = {
     "galore": "GaLore, sequential, rank 32",
     "gorp-paper": "GORP, paper, rank 32",
     "gorp": "GORP, sound, rank 32",
-    "gorp-lora": "GORP, sound, rank 32: new LoRA on queries and values, first layers of the MLPs whole",
     "pegp-linear": "PEGP on all linear weights",
     "osf": "OSF of PEFT, merged after every task",
     "o-lora": "O-LoRA",

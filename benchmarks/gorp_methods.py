@@ -35,8 +35,7 @@ class Method:
 
     Attributes:
         rates: Learning rates in rising order; the search starts in the middle.
-        trains: ``"linear"`` (all linear weights), ``"lora"``, ``"lora of attention"`` (queries and values only) or
-            ``"osf"``.
+        trains: ``"linear"`` (all linear weights), ``"lora"`` or ``"osf"``.
         optimizer: Class in ``growthring.optim`` and its arguments but the rate; default: AdamW.
         guards: Classes in ``growthring.guards`` (or ``"OSF"``), each with its arguments.
         energies: What the last guard is given as energy, if the search has to choose one.
@@ -77,14 +76,6 @@ METHODS: Mapping[str, Method] = {
         optimizer=("GORP", _SUBSPACE),
         guards={"GradientMemory": {"side": "input"}},
         energies=(0.8, 0.95),
-    ),
-    "gorp-lora": Method(
-        _PROJECTED,
-        "lora of attention",
-        optimizer=("GORP", _SUBSPACE),
-        guards={"FreshLoRA": {}, "GradientMemory": {"side": "input"}},
-        energies=(0.8, 0.95),
-        full_rank="mlp_up",
     ),
     "osf": Method((5e-5, 1e-4, 2e-4), "osf", guards={"OSF": {}}),
 }
@@ -135,8 +126,6 @@ def adapter(method: Method) -> PeftConfig | str:
     """What trains."""
     if method.trains == "lora":
         return LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=ATTENTION["text"] + UP["text"])
-    if method.trains == "lora of attention":
-        return LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=["query", "value"])
     if method.trains == "osf":
         return OSFConfig(effective_rank=1, target_modules="all-linear")
     return method.trains
