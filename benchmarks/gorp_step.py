@@ -208,9 +208,7 @@ def memory_of(name: str, steps: int) -> dict[str, int]:
         stack(torch.randn(4, WIDTH)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    state = sum(
-        t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)
-    )
+    state = sum(_bytes(value) for entry in optimizer.state.values() for value in entry.values())
     return {"state_bytes": state, "peak_bytes": peak_of_this_process()}
 
 
