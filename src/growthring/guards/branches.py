@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from growthring.errors import ConfigError, GuardError
+from growthring.subspace import solver_device
 
 __all__ = ["Branches", "Factors", "merge_branches"]
 
@@ -33,7 +34,7 @@ class Factors(NamedTuple):
 
     def update(self) -> Tensor:
         """``scale * b @ a``, ``(out, in)`` in float64."""
-        where = "cpu" if self.a.device.type == "mps" else self.a.device  # MPS has no float64
+        where = solver_device(self.a.device)
         a, b = (t.detach().to(where).double() for t in (self.a, self.b))
         return self.scale * (b @ a)
 

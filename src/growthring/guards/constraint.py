@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growthring.errors import GuardError
-from growthring.subspace import Subspace, SubspaceBank
+from growthring.subspace import Subspace, SubspaceBank, solver_device
 
 from .site import Site
 
@@ -177,4 +177,4 @@ def _write(sites: Sequence[Site], tensors: Mapping[str, Tensor], matrices: Seque
 
 def _wide(tensor: Tensor) -> Tensor:
     """In float64, which MPS lacks."""
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device).double()
+    return tensor.to(solver_device(tensor.device)).double()

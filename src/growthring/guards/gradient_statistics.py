@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from growthring.errors import NumericalError
-from growthring.subspace import SecondMoment
+from growthring.subspace import SecondMoment, solver_device, widest_dtype
 
 from .memory import SKETCH_ABOVE
 from .site import Site
@@ -46,7 +46,7 @@ class _Window:
 
     def rows(self) -> Tensor:
         """``(sum L^T L)^(1/2) P^T``, ``(r, dim)`` float64."""
-        values, vectors = torch.linalg.eigh(self.gram.cpu() if self.gram.device.type == "mps" else self.gram)
+        values, vectors = torch.linalg.eigh(self.gram.to(solver_device(self.gram.device)))
         root = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.mT
         return root @ self.basis.to(root).mT
 
@@ -104,8 +104,7 @@ class GradientStatistics:
         if window is None or not window.uses(basis):
             if window is not None and not self._last:
                 self._flush(window)
-            dtype = torch.float32 if basis.device.type == "mps" else torch.float64
-            gram = torch.zeros(basis.shape[1], basis.shape[1], dtype=dtype, device=basis.device)
+            gram = torch.zeros(basis.shape[1], basis.shape[1], dtype=widest_dtype(basis.device), device=basis.device)
             window = _Window(self._keys[site.name], basis.detach().clone(), gram, basis)
             self._windows[site.name] = window
         part = coordinates.detach()

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from growthring.subspace import widest_dtype
+
 from ._matrix import Shard, local
 from ._ranges import Spaces, times
 from ._rules import compiled, elementwise
@@ -141,8 +143,7 @@ def _square(tensor: Tensor) -> Tensor:
 def _peak(tensor: Tensor) -> Tensor:
     """The largest magnitude in float64; infinite for NaN, which the maximum over ranks may drop."""
     peak = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
-    wide = torch.float32 if peak.device.type == "mps" else torch.float64
-    return peak.to(wide).nan_to_num(nan=math.inf, posinf=math.inf)
+    return peak.to(widest_dtype(peak.device)).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def project(jobs: Iterable[Job]) -> None:

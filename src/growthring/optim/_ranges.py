@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growthring.subspace import Subspace, find_range
+from growthring.subspace import Subspace, find_range, solver_device, widest_dtype
 
 from ._matrix import Shard, local
 from ._options import SIDE_CODES
@@ -236,9 +236,9 @@ def canonical(
         rows: ``m`` over all ranks; these must agree on what is noise.
         total: Sums over ranks, where rows of ``coordinates`` are spread.
     """
-    wide = (coordinates / norm).to(_solver_dtype(coordinates))
+    wide = (coordinates / norm).to(widest_dtype(coordinates.device))
     gram = total(wide.mT @ wide)
-    values, vectors = (t.flip(-1)[..., :rank] for t in torch.linalg.eigh(gram.to(_solver(gram))))
+    values, vectors = (t.flip(-1)[..., :rank] for t in torch.linalg.eigh(gram.to(solver_device(gram.device))))
     # a direction of rounding noise is none: Adam would make full steps of it
     vectors = (vectors * (values > _noise(max(basis.shape[0], rows), basis.dtype) ** 2 * values[0])).to(basis)
     basis = basis @ vectors
@@ -303,12 +303,7 @@ def _noise(size: int, dtype: torch.dtype) -> float:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns.to(_solver(columns)))[0].to(columns.device)
-
-
-def _solver(tensor: Tensor) -> torch.device:
-    """Where decompositions run: not on MPS, which lacks them."""
-    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+    return torch.linalg.qr(columns.to(solver_device(columns.device)))[0].to(columns.device)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -317,7 +312,3 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _peak(value: Tensor) -> Tensor:
     return value.clamp_min(torch.finfo(value.dtype).tiny)
-
-
-def _solver_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.device.type == "mps" else torch.float64

@@ -339,8 +339,9 @@ class GORP(torch.optim.Optimizer):
         return job
 
     def _step_projected(self, jobs: list[Job], others: list[Tensor]) -> None:
-        due = [j for j in jobs if self._is_due(j)]
-        skipped = set(due) - self._search(due)
+        wanted = [j for j in jobs if self._is_due(j)]
+        due = set(wanted)
+        skipped = due - self._search(wanted)
         rest = [j for j in jobs if j not in skipped]
         project(j for j in rest if j.coordinates is None)
         if self.average_over is not None:
@@ -352,7 +353,8 @@ class GORP(torch.optim.Optimizer):
         held |= dict(zip(beside, energies([j.known for j in beside], beside), strict=True))
         live = [j for j in rest if is_usable(held[j])]
         if len(live) < len(jobs):
-            self._skip([j for j in jobs if j not in set(live)])
+            stepping = set(live)
+            self._skip([j for j in jobs if j not in stepping])
         sweep(live)
         if self._before_rule is not None:
             self._before_rule(live, jobs)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from growthring.errors import ConfigError
-from growthring.subspace import full_precision
+from growthring.subspace import full_precision, widest_dtype
 
 from ._checks import check_gradient
 from ._matrix import is_dtensor, local
@@ -314,8 +314,7 @@ def _norm(jobs: list[Job], gradients: list[Tensor]) -> float:
     """Of coordinates and gradients together, over all ranks, summed in float64 where the device has it."""
 
     def square(tensor: Tensor) -> Tensor:
-        wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-        found = torch.linalg.vector_norm(tensor, dtype=wide).square()
+        found = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device)).square()
         return found.full_tensor() if is_dtensor(found) else found
 
     squares = [square(g) for g in gradients]

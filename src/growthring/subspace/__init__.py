@@ -1,6 +1,6 @@
 """Ground floor: pure tensor algebra. It knows no model, no trainer and no process group."""
 
-from ._precision import full_precision
+from ._precision import full_precision, solver_device, widest_dtype
 from .basis import Growth, Subspace
 from .batching import SubspaceBank
 from .health import Health, check_health, numerical_rank
@@ -19,4 +19,6 @@ __all__ = [
     "find_range",
     "full_precision",
     "numerical_rank",
+    "solver_device",
+    "widest_dtype",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "orthonormalise", "solver_device", "widen"]
+__all__ = ["full_precision", "orthonormalise", "solver_device", "widen", "widest_dtype"]
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -71,6 +71,11 @@ def widen(tensor: Tensor) -> Tensor:
 def solver_device(device: torch.device) -> torch.device:
     """Where float64 decompositions run: on the device itself, or on the CPU where it has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype on ``device``: float64, or float32 where there is none (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def orthonormalise(columns: Tensor) -> Tensor:
