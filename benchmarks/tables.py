@@ -21,6 +21,7 @@ from typing import Any
 from _figure import figure
 from _gorp_tables import GORP_TABLES, gorp_claims
 from _pegp_tables import PEGP_TABLES, pegp_claims
+from _robust_tables import ROBUST_TABLES, robust_claims
 from _step_tables import STEP_TABLES, step_claims
 from _words import COSTS, NONE, Json, Stored, costs, energy_words, grid, not_yet, origin, seeds_of, spread
 
@@ -247,7 +248,7 @@ def claims(stored: Stored) -> str:
             else None,
         ),
     )
-    every = (*rows, *pegp_claims(stored), *gorp_claims(stored), *step_claims(stored))
+    every = (*rows, *pegp_claims(stored), *gorp_claims(stored), *step_claims(stored), *robust_claims(stored))
     body = [
         [claim, f"`{command}`", f"`{name}`", measured or "not measured yet"]
         for claim, (name, command), measured in every
@@ -270,6 +271,7 @@ TABLES: dict[str, Callable[[Stored], str]] = {
     "claims": claims,
     **PEGP_TABLES,
     **GORP_TABLES,
+    **ROBUST_TABLES,
     **STEP_TABLES,
 }
 

@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "guards": BASE | {"subspace", "backbones"},
     "report": BASE | {"evaluation"},
     "trainer": BASE | {"subspace", "backbones", "streams", "evaluation", "adapters", "optim", "guards", "report"},
-    "recipes": BASE | {"backbones", "adapters", "streams", "optim", "guards", "trainer", "report"},
-    "cli": BASE | {"streams", "guards", "trainer", "report", "recipes", "evaluation"},
+    "recipes": BASE | {"backbones", "adapters", "streams", "evaluation", "optim", "guards", "trainer", "report"},
+    "cli": BASE | {"adapters", "streams", "guards", "trainer", "report", "recipes", "evaluation"},
 }
 
 

@@ -13,21 +13,28 @@ if TYPE_CHECKING:
     from growthring import guards as guards
     from growthring import optim as optim
     from growthring.guards import (
+        FTP,
+        L2SP,
         PEGP,
+        SPD,
+        TPGM,
         Certificate,
+        Directional,
         FreshLoRA,
         GradientMemory,
         Guard,
         InfLoRA,
         LinearSchedule,
         OLoRA,
+        Radius,
+        deviation,
         merge_branches,
     )
     from growthring.optim import GORP
     from growthring.recipes import RunConfig, load_config, run
-    from growthring.streams import Task, TaskStream
+    from growthring.streams import EvaluationSet, Task, TaskStream
     from growthring.subspace import SecondMoment, Subspace
-    from growthring.trainer import ContinualTrainer, RunResult
+    from growthring.trainer import ContinualTrainer, RobustTrainer, RunResult
 
 try:
     __version__ = version("growthring")
@@ -38,19 +45,28 @@ _HOME = {
     "GORP": "optim",
     "Certificate": "guards",
     "ContinualTrainer": "trainer",
+    "EvaluationSet": "streams",
     "FreshLoRA": "guards",
     "GradientMemory": "guards",
     "Guard": "guards",
     "InfLoRA": "guards",
     "LinearSchedule": "guards",
     "OLoRA": "guards",
+    "FTP": "guards",
+    "L2SP": "guards",
     "PEGP": "guards",
+    "SPD": "guards",
+    "TPGM": "guards",
+    "Directional": "guards",
+    "Radius": "guards",
+    "RobustTrainer": "trainer",
     "RunConfig": "recipes",
     "RunResult": "trainer",
     "SecondMoment": "subspace",
     "Subspace": "subspace",
     "Task": "streams",
     "TaskStream": "streams",
+    "deviation": "guards",
     "load_config": "recipes",
     "merge_branches": "guards",
     "run": "recipes",
@@ -59,22 +75,31 @@ _HOME = {
 _ROOMS = {"guards", "optim"}
 
 __all__ = [
+    "FTP",
     "GORP",
+    "L2SP",
     "PEGP",
+    "SPD",
+    "TPGM",
     "Certificate",
     "ContinualTrainer",
+    "Directional",
+    "EvaluationSet",
     "FreshLoRA",
     "GradientMemory",
     "Guard",
     "InfLoRA",
     "LinearSchedule",
     "OLoRA",
+    "Radius",
+    "RobustTrainer",
     "RunConfig",
     "RunResult",
     "SecondMoment",
     "Subspace",
     "Task",
     "TaskStream",
+    "deviation",
     "load_config",
     "merge_branches",
     "run",

@@ -1,15 +1,34 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of either."""
+"""Atomic writes: a reader sees the old file or the new one, never half of either; and where caches are."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json", "write_text", "write_with"]
+__all__ = ["cache_folder", "write_json", "write_text", "write_with"]
+
+
+def cache_folder(part: str, cache_dir: str | Path | None = None) -> Path:
+    """The folder ``<cache>/growthring/<part>``; it is not made.
+
+    Args:
+        part: What is kept there.
+        cache_dir: ``<cache>``. Default: the environment variable ``GROWTHRING_CACHE`` (its value ``off``, which
+            switches off what can be computed again, names no folder), else the user's cache: ``$XDG_CACHE_HOME`` or
+            ``~/.cache``, on macOS ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``.
+    """
+    own = os.environ.get("GROWTHRING_CACHE", "")
+    root = cache_dir or ("" if own.lower() == "off" else own) or os.environ.get("XDG_CACHE_HOME")
+    if not root and os.name == "nt":
+        root = os.environ.get("LOCALAPPDATA")
+    if not root:
+        root = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(root).expanduser() / "growthring" / part
 
 
 def write_with(path: str | Path, writer: Callable[[Path], object]) -> Path:

@@ -22,7 +22,7 @@ SOURCE = Path(growthring.__file__).parent
 def test_help_names_the_commands_and_each_has_an_example(cli):
     result = cli("--help")
     assert result.exit_code == 0
-    for command in ("demo", "run", "sites", "methods", "report", "schema"):
+    for command in ("demo", "run", "robust", "sites", "methods", "report", "schema", "export"):
         assert command in result.stdout
         assert f"growthring {command}" in cli(command, "--help").stdout
 

@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 FAST = (
     "test_attributes_parametrized", "test_save_pretrained", "test_load_multiple_adapters", "test_disable_adapters",
     "test_only_params_are_updated", "test_delete_adapter", "test_multiple_active_adapters_forward",
+    "test_merge_layers", "test_unmerge_after_sequential_merge_restores_base",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 from upstream import load, refill
 
-from growthring.adapters import BottleneckConfig, PrefixTokensConfig, PromptTokensConfig
+from growthring.adapters import BottleneckConfig, LargoConfig, PrefixTokensConfig, PromptTokensConfig
 
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "d" / "peft"
 MODELS = CACHE / "models"
@@ -58,6 +58,7 @@ classifiers = load("test_seq_classifier", CACHE)
 
 bottleneck = {"r": 4, "activation": "gelu"}  # with relu, all of a tiny bottleneck can be off and has no gradient
 sequential = {"r": 4, "mode": "sequential", "placement": "mlp", "activation": "gelu"}
+largo = {"r": 4}
 refill(
     features,
     PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST=at("fast-bert"),
@@ -65,6 +66,7 @@ refill(
         (BottleneckConfig, {"task_type": "FEATURE_EXTRACTION", **bottleneck}),
         (PrefixTokensConfig, {"task_type": "FEATURE_EXTRACTION", "num_tokens": 3}),
         (PromptTokensConfig, {"task_type": "FEATURE_EXTRACTION", "num_tokens": 2}),
+        (LargoConfig, {"task_type": "FEATURE_EXTRACTION", **largo}),
     ],
 )
 refill(
@@ -74,12 +76,18 @@ refill(
     ALL_CONFIGS=[
         (BottleneckConfig, {"task_type": "CAUSAL_LM", **bottleneck}),
         (BottleneckConfig, {"task_type": "CAUSAL_LM", **sequential}),
+        (LargoConfig, {"task_type": "CAUSAL_LM", **largo}),
+        (LargoConfig, {"task_type": "CAUSAL_LM", "form": "residual", **largo}),
+        (LargoConfig, {"task_type": "CAUSAL_LM", "form": "product", "init": "minor", **largo}),
     ],
 )
 refill(
     encoder_decoders,
     PEFT_ENCODER_DECODER_MODELS_TO_TEST=at("t5"),
-    ALL_CONFIGS=[(BottleneckConfig, {"task_type": "SEQ_2_SEQ_LM", **bottleneck})],
+    ALL_CONFIGS=[
+        (BottleneckConfig, {"task_type": "SEQ_2_SEQ_LM", **bottleneck}),
+        (LargoConfig, {"task_type": "SEQ_2_SEQ_LM", **largo}),
+    ],
 )
 refill(
     classifiers,
@@ -88,6 +96,7 @@ refill(
         (BottleneckConfig, {"task_type": "SEQ_CLS", **bottleneck}),
         (PrefixTokensConfig, {"task_type": "SEQ_CLS", "num_tokens": 3}),
         (PromptTokensConfig, {"task_type": "SEQ_CLS", "num_tokens": 2}),
+        (LargoConfig, {"task_type": "SEQ_CLS", **largo}),
     ],
 )
 

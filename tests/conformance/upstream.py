@@ -21,19 +21,24 @@ import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from growthring.adapters import BottleneckConfig, PrefixTokensConfig, PromptTokensConfig
+from growthring.adapters import BottleneckConfig, LargoConfig, PrefixTokensConfig, PromptTokensConfig
 
 PACKAGE = "peft_upstream_tests"
-OURS = (BottleneckConfig, PrefixTokensConfig, PromptTokensConfig)
+OURS = (BottleneckConfig, PrefixTokensConfig, PromptTokensConfig, LargoConfig)
+TOKENS = (PrefixTokensConfig, PromptTokensConfig)
 
 # Upstream tests that say nothing about our adapters. The first part is found in the test's name.
+ALL_SKIP = {
+    "weighted_combination": "LoRA and IA3 only, upstream too",
+    "learnable_bias": "these adapters train none of the model's biases",
+}
+
+# ... and about those that are no change of a weight.
 SKIPPED = {
     "merg": "these adapters cannot be merged; that this is refused is tested in tests/adapters",
     "idempotent": "these adapters cannot be merged; that this is refused is tested in tests/adapters",
     "lora_conversion": "what these adapters add is no linear function of a layer's input, so no LoRA equals it",
     "mixed_adapter_batches": "several adapters in one batch are not offered",
-    "weighted_combination": "LoRA and IA3 only, upstream too",
-    "learnable_bias": "these adapters have biases of their own and train none of the model's",
 }
 
 
@@ -93,7 +98,7 @@ def load(name: str, cache: Path) -> Any:
     if hasattr(module, "set_init_weights_false"):
         original = module.set_init_weights_false
         module.set_init_weights_false = lambda config_cls, kwargs: (
-            dict(kwargs) if config_cls in OURS[1:] else original(config_cls, kwargs)  # random from the start anyway
+            dict(kwargs) if config_cls in TOKENS else original(config_cls, kwargs)  # random from the start anyway
         )
     if hasattr(module, "PREFIXES"):  # older versions
         module.PREFIXES.update({cls: PEFT_TYPE_TO_PREFIX_MAPPING[cls().peft_type] for cls in OURS})
@@ -101,11 +106,19 @@ def load(name: str, cache: Path) -> Any:
         part.hub_online_once = contextlib.nullcontext  # every model is in a folder
         if hasattr(part, "_skip_if_merging_not_supported"):  # called where a test has done all but merging
             part._skip_if_merging_not_supported = _cannot_merge
+        if hasattr(part, "_skip_if_conv1d_not_supported"):
+            part._skip_if_conv1d_not_supported = _conv1d_for(part._skip_if_conv1d_not_supported)
+    sys.modules[f"{PACKAGE}.testing_common"].RoadConfig = LargoConfig  # type: ignore[attr-defined]  # mixed batches
     return module
 
 
 def _cannot_merge(*case: Any) -> None:
-    pytest.skip("all but the merging ran: " + SKIPPED["merg"])
+    if LargoConfig not in case:
+        pytest.skip("all but the merging ran: " + SKIPPED["merg"])
+
+
+def _conv1d_for(skip: Any) -> Any:
+    return lambda model_id, config_cls, kwargs: config_cls is LargoConfig or skip(model_id, config_cls, kwargs)
 
 
 def refill(module: Any, **lists: Any) -> None:
@@ -122,7 +135,9 @@ def wanted(params: dict[str, Any]) -> bool:
 
 def reason_to_skip(name: str, params: dict[str, Any]) -> str | None:
     """Why a test does not apply."""
-    reasons = [reason for part, reason in SKIPPED.items() if part in name]
+    reasons = [reason for part, reason in ALL_SKIP.items() if part in name]
+    if LargoConfig not in params.values():
+        reasons += [reason for part, reason in SKIPPED.items() if part in name]
     reasons += [
         SKIPPED_FOR[value, name]
         for value in params.values()

@@ -67,6 +67,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, image_world: Path) -> Pat
     for split, count, seed in (("train", 48, 1), ("test", 24, 2)):
         _csv(data / f"tickets-{split}.csv", ("body", "team"), _rows(TEAMS, count, seed))
         _jsonl(data / f"reviews-{split}.jsonl", _rows(MOODS, count, seed + 10))
+    for name, seed in (("tweets", 31), ("books", 32)):
+        _jsonl(data / f"{name}.jsonl", _rows(MOODS, 24, seed))
     for name, seed in (("shop", 21), ("film", 22)):
         rows = _rows(MOODS, 32, seed)
         _csv(data / f"{name}.csv", ("text", "label"), [(text, str(int(mood == "positive"))) for text, mood in rows])

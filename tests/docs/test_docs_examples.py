@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import growthring
 from growthring.cli import app
-from growthring.recipes import load_config
+from growthring.recipes import load_config, load_robust_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -123,7 +123,8 @@ def test_every_example_runs(page: Path, folder: Path, request: pytest.FixtureReq
             if block.language == "yaml":
                 assert block.title, f"{name_of(page)}, line {block.line}: a configuration needs a title"
                 (folder / block.title).write_text(block.text, encoding="utf-8")
-                load_config(folder / block.title)
+                load = load_robust_config if "ood:" in block.text else load_config
+                load(folder / block.title)
             elif block.language == "python":
                 padding = "\n" * (block.line - 1)  # so that a traceback shows the line of the page
                 exec(compile(padding + block.text, str(page), "exec", dont_inherit=True), names)
@@ -131,6 +132,7 @@ def test_every_example_runs(page: Path, folder: Path, request: pytest.FixtureReq
                 "tutorial-cli",
                 "tutorial-gorp",
                 "tutorial-images",
+                "tutorial-robust",
                 "scenarios",
             ):
                 for line in block.text.splitlines():

@@ -92,7 +92,7 @@ def test_a_schedule_rises_over_the_tasks() -> None:
         (None, "energy=None: give a number"),
         ("high", "energy='high': give a number.*'auto'"),
         ([0.9], r"energy=\[0\.9\]"),
-        ({}, r"energy=\{\}: name at least one of lora_A, lora_B, adapter_down, .*, linear"),
+        ({}, r"energy=\{\}: name at least one of lora_A, lora_B, largo_A, largo_B, adapter_down, .*, linear"),
         ({"lora_a": 0.9}, r"unknown kind of site 'lora_a'; did you mean .*'lora_A'"),
         ({"lora_A": 2}, r"energy\['lora_A'\]=2"),
         ({"lora_A": "0.9"}, r"energy\['lora_A'\]='0\.9'"),

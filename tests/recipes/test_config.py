@@ -191,7 +191,8 @@ def test_the_methods_defaults_are_filled_in(name):
     assert config.train.epochs == 1.0
     assert config.title == method.title
     asked = {key for key, value in (config.adapter or AdapterSettings()) if value is not None}
-    assert asked == {key for key, value in ADAPTER_DEFAULTS[method.adapter].items() if value is not None}
+    found = {"alpha"} if method.adapter == "largo" else set()  # it is r
+    assert asked == {key for key, value in ADAPTER_DEFAULTS[method.adapter].items() if value is not None} | found
     assert (config.adapter is not None) == bool(ADAPTER_DEFAULTS[method.adapter])
     assert (config.guard is not None) == (method.guard is not None)
     if method.guard is not None:
@@ -215,6 +216,8 @@ ROUND_TRIPS = [
     {"method": "pegp-prompt", "adapter": {"tokens": 3, "tower": "image"}, "guard": {"kinds": ["prompt_key"]}},
     {"method": "adam-nscl", "guard": {"energy": {"times": 30}, "project": "gradient", "unprotected": "freeze"}},
     {"method": "o-lora", "guard": {"weight": 2, "norm": "squared"}, "classifiers": ["ridge", "head"]},
+    {"method": "largo-f", "adapter": {"r": 4, "init": "minor", "form": "residual"}, "guard": {"granularity": "layer"}},
+    {"method": "tpgm", "guard": {"iterations": 3, "norm": "tensor", "mu": 0.5, "samples": 7}},
     {
         "method": "inflora",
         "stream": {

@@ -23,6 +23,8 @@ def test_the_registry_names_every_method_of_the_demo_and_more():
         "pegp", "pegp-adapter", "pegp-prefix", "pegp-prompt", "pegp-ia3", "pegp-linear",
         "gpm", "adam-nscl", "inflora", "o-lora",
         "galore", "gorp", "gorp-full",
+        "largo", "largo-f", "largo-p", "largo-d", "pissa", "milora",
+        "l2-sp", "ftp", "tpgm", "spd", "digrap",
     ]  # fmt: skip
     assert all(name == method.name for name, method in METHODS.items())
 

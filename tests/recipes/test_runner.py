@@ -133,7 +133,8 @@ def test_defaults_of_the_guards_are_their_own():
     guards = growthring.guards
     kinds = {
         "pegp": guards.PEGP, "inflora": guards.InfLoRA, "o-lora": guards.OLoRA,
-        "gradient-memory": guards.GradientMemory,
+        "gradient-memory": guards.GradientMemory, "radius": guards.Radius, "directional": guards.Directional,
+        "l2-sp": guards.L2SP, "ftp": guards.FTP, "tpgm": guards.TPGM, "spd": guards.SPD,
     }  # fmt: skip
     assert set(kinds) == set(GUARD_DEFAULTS)
     for guard, kind in kinds.items():

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from growthring.errors import ConfigError, DataError
-from growthring.report import render_report, write_report
+from growthring.report import promise_kept, render_report, write_report
 
 VOID = {"meta", "line", "circle", "br", "link", "img"}
 HOSTILE = ["</script><script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "<!--<script>", "{{ 7*7 }} $x$"]
@@ -133,7 +133,7 @@ def test_hostile_names_stay_text(make):
 def test_plotly_cannot_close_its_script():
     from growthring.report import page
 
-    assert "</script" not in page._plotly().lower()
+    assert "</script" not in page.plotly().lower()
 
 
 def test_joint_alone_and_one_task(make, joint):
@@ -210,3 +210,38 @@ def test_unusable_results_are_refused(pegp):
     pegp["matrix"][0] = [83.0, 1, 1]
     with pytest.raises(DataError, match="divide percent by 100"):
         render_report(pegp)
+
+
+def bounded(kept, name="radius"):
+    one = {"name": "layer.0.query.default", "kind": "largo", "frobenius": 0.25, "spectral": 0.125, "bound": 0.5}
+    one |= {"radii": [0.1, 0.2], "kept": kept, "bound": None if kept is None else 0.5}
+    counts = {"probes": 0, "held": 0, "protected_tasks": 0, "task_index": 0, "energy": 0.0, "free": 0, "dims": 0}
+    rest = {"leak": None, "output_change": None, "kept": kept, "sites": [], "notes": ["||W - W_0||_F"]}
+    return {"guard": name, "task": "trec", "deviations": [one], **counts, **rest}
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (True, "promise kept every layer is as near to the pretrained model as its bound says"),
+        (False, "promise broken layers ended farther from the pretrained model than their bounds allow"),
+        (None, "no promise how far layers moved was measured, not bounded"),
+    ],
+)
+def test_bounds_of_deviations_are_judged_and_listed(pegp, kept, said):
+    pegp["certificates"] = [bounded(kept)]
+    page = Page(render_report(pegp))
+    assert said in page.text
+    assert "How far each layer is from the pretrained model" in page.text
+    assert "layer.0.query.default largo 2.5×10⁻¹" in page.text or "layer.0.query.default largo 0.25" in page.text
+    assert promise_kept(bounded(kept)) is kept
+
+
+def test_a_broken_bound_is_not_hidden_by_a_kept_promise(pegp):
+    pegp["certificates"].append(bounded(True))
+    assert "promise kept at most" in Page(render_report(pegp)).text
+    pegp["certificates"].append(bounded(False))
+    text = Page(render_report(pegp)).text
+    assert "promise broken layers ended farther" in text
+    pegp["certificates"][1]["leak"] = 2e-5
+    assert "promise broken 2.0×10⁻⁵ of an update" in Page(render_report(pegp)).text

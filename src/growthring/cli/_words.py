@@ -72,7 +72,7 @@ def _promise(run: Mapping[str, Any]) -> str:
     if not leaks:
         return ""
     worst = max(leaks)
-    if all(promise_kept(c) is not False for c in run["certificates"]):
+    if all(promise_kept(c) is not False for c in run["certificates"] if c.get("leak") is not None):
         return f" Its promise held: at most {worst:.1e} of any update touched a protected direction."
     return f" Its promise broke: {worst:.1e} of an update touched protected directions, more than rounding explains."
 

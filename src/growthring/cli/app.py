@@ -93,11 +93,13 @@ def _options(
 
 def _register() -> None:
     from .demo import demo
+    from .export import export
+    from .robust import robust
     from .run import run
     from .show import methods, report, schema
     from .sites import sites
 
-    for command in (demo, run, sites, methods, report, schema):
+    for command in (demo, run, robust, sites, methods, report, schema, export):
         app.command()(command)
 
 

@@ -18,13 +18,18 @@ from .metrics import (
     metrics,
     transfer,
 )
+from .robustness import Frontier, RobustPoint, effective_robustness, frontier
 from .scores import accuracy, balanced_accuracy, confusion, macro_f1
+from .sealed import SealedSets
 
 __all__ = [
     "BASE_ROW",
     "DEFINITIONS",
     "AccuracyMatrix",
+    "Frontier",
     "Metrics",
+    "RobustPoint",
+    "SealedSets",
     "accuracy",
     "average",
     "average_accuracy",
@@ -32,9 +37,11 @@ __all__ = [
     "backward_transfer",
     "balanced_accuracy",
     "confusion",
+    "effective_robustness",
     "forgetting",
     "forgetting_by_task",
     "forward_transfer",
+    "frontier",
     "last",
     "learning_accuracy",
     "macro_f1",

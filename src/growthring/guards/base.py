@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from growthring.errors import GuardError
 
-__all__ = ["LEAK_LIMIT", "Certificate", "Guard", "GuardCallback", "SiteCertificate"]
+__all__ = ["LEAK_LIMIT", "Certificate", "DeviationCertificate", "Guard", "GuardCallback", "SiteCertificate"]
 
 LEAK_LIMIT = 1e-5
 """A strict guard lets no more than this share of a float32 update into what it protects."""
@@ -57,6 +57,30 @@ class SiteCertificate:
 
 
 @dataclass(frozen=True)
+class DeviationCertificate:
+    """How far one layer is from the pretrained model, measured, and the bound that held it.
+
+    Attributes:
+        name: Qualified name of the layer with its adapter, or of a plain weight.
+        kind: ``"largo"``, ``"product"``, ``"lora"`` or ``"weight"``.
+        frobenius: ``||W - W_0||_F``.
+        spectral: ``||W - W_0||_2``.
+        bound: What both are at most, by the radii: of a product, or a plain weight, its radius; of LARGO's factors
+            ``s (||B_0||_2 gamma_A + ||A_0||_2 gamma_B + gamma_A gamma_B)``. ``None`` where nothing bounds them.
+        radii: The radii; what earlier tasks moved is not in them, but in the bound.
+        kept: ``frobenius`` is at most ``bound``, up to rounding; ``None`` without a bound.
+    """
+
+    name: str
+    kind: str
+    frobenius: float
+    spectral: float
+    bound: float | None
+    radii: tuple[float, ...]
+    kept: bool | None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What a guard can vouch for after a task. Every figure is measured, none is assumed.
 
@@ -77,6 +101,8 @@ class Certificate:
         held: Trainable tensors that no site protects and that were therefore held at their old values.
         sites: One entry per protected tensor.
         notes: Sentences a reader should see.
+        deviations: How far layers are from the pretrained model, of guards that bound it; ``kept`` is then about these
+            bounds, from the first task on.
     """
 
     guard: str
@@ -93,6 +119,7 @@ class Certificate:
     held: int
     sites: tuple[SiteCertificate, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
+    deviations: tuple[DeviationCertificate, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate as plain values for JSON."""
@@ -100,6 +127,7 @@ class Certificate:
             **dataclasses.asdict(self),
             "sites": [dataclasses.asdict(s) for s in self.sites],
             "notes": list(self.notes),
+            "deviations": [dataclasses.asdict(d) | {"radii": list(d.radii)} for d in self.deviations],
         }
 
 

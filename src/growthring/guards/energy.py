@@ -25,6 +25,8 @@ __all__ = [
 KINDS = (
     "lora_A",
     "lora_B",
+    "largo_A",
+    "largo_B",
     "adapter_down",
     "adapter_up",
     "prefix_key",
@@ -98,6 +100,8 @@ Energy = OneEnergy | Mapping[str, OneEnergy] | Literal["auto"]
 DEFAULT_ENERGY: Mapping[str, float] = {
     "lora_A": 0.95,
     "lora_B": 0.90,
+    "largo_A": 0.95,
+    "largo_B": 0.90,
     "adapter_down": 0.95,
     "adapter_up": 0.90,
     "prefix_key": 0.90,
@@ -109,7 +113,7 @@ DEFAULT_ENERGY: Mapping[str, float] = {
 }
 """Used where a mapping leaves a kind out."""
 
-_WIDE, _NARROW = ("lora_A", "adapter_down"), ("lora_B", "adapter_up")
+_WIDE, _NARROW = ("lora_A", "largo_A", "adapter_down"), ("lora_B", "largo_B", "adapter_up")
 
 
 def _candidate(wide: float, narrow: float, linear: float, rest: float) -> Mapping[str, float]:

@@ -27,6 +27,7 @@ from growthring.subspace import Subspace
 from .base import Certificate, GuardCallback, SiteCertificate
 from .branch_guard import BranchGuard
 from .branches import Branches
+from .penalty import PenaltyCallback, add_gradient
 from .plan import HOLE, Treatment
 
 __all__ = ["OLoRA"]
@@ -104,11 +105,7 @@ class OLoRA(BranchGuard):
             return
         branches = self._attached()
         new = [branches.layers[name].lora_A[self.current].weight for layers, _ in self._old for name in layers]
-        for parameter, gradient in zip(new, torch.autograd.grad(term, new), strict=True):
-            if parameter.grad is None:
-                parameter.grad = gradient.to(parameter.dtype)
-            else:
-                parameter.grad.add_(gradient)
+        add_gradient(term, new)
 
     def callback(self, *, loss_added: bool = False) -> GuardCallback:
         """A ``TrainerCallback``.
@@ -117,7 +114,7 @@ class OLoRA(BranchGuard):
             loss_added: The Trainer adds :meth:`loss` to its own. Otherwise (default) the callback adds the gradient
                 before every step, after clipping.
         """
-        return GuardCallback(self, loss_added=True) if loss_added else _GradientCallback(self, loss_added=True)
+        return (GuardCallback if loss_added else PenaltyCallback)(self, loss_added=True)
 
     def end_task(self, task: str | None, batches: Iterable[Any]) -> Certificate:
         """Measure the overlap that is left; ``batches`` are not read, since nothing of the data is kept.
@@ -199,16 +196,6 @@ class OLoRA(BranchGuard):
             for layer, f in branches.factors(name):
                 rows[layer].append(f.a.detach().to(torch.promote_types(f.a.dtype, torch.float32)))
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
-
-
-class _GradientCallback(GuardCallback):
-    """Adds the penalty's gradient where a Trainer's loss does not hold it."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add it."""
-        assert isinstance(self.guard, OLoRA)
-        self.guard.add_gradient()
-        super().on_pre_optimizer_step(args, state, control, **kwargs)
 
 
 def _span(rows: Tensor) -> Subspace:

@@ -18,6 +18,8 @@ Treatment = Literal["protected", "held", "frozen", "free"]
 CONDITIONS: Mapping[str, str] = {
     "lora_A": "dA x = 0 for the old inputs x of the layer",
     "lora_B": "dB (A x) = 0 for what A makes of old inputs",
+    "largo_A": "the change of dA is 0 on the old inputs x of the layer",
+    "largo_B": "the change of dB is 0 on what A_0 + dA makes of old inputs",
     "adapter_down": "[dW db] [x; 1] = 0 for the old inputs x of the adapter",
     "adapter_up": "[dW db] [a; 1] = 0 for the old activations a",
     "prefix_key": "q_h . dP_h = 0 for the old queries q_h of every head h",

@@ -2,9 +2,10 @@
 
 Every site is a matrix whose change ``D`` must satisfy ``D x = 0`` for the old features ``x``; its features lie along
 the last axis. LoRA is two of them (PEGP, arXiv 2405.13383, equations 13-14 read for LoRA): ``A`` sees the input ``x``
-of the layer it adapts, ``B`` sees ``A x``. A bottleneck adapter is the same with an activation between and with its
-biases folded in: ``[dW db] [x; 1] = 0``. Prefixes and prompts are rows beside the tokens; what must not change there
-are the attention's logits and the mass it puts on them (see :mod:`.prompts`).
+of the layer it adapts, ``B`` sees ``A x``. LARGO-style deltas ``dA`` and ``dB`` see ``x`` and ``(A_0 + dA) x``. A
+bottleneck adapter is the same with an activation between and with its biases folded in: ``[dW db] [x; 1] = 0``.
+Prefixes and prompts are rows beside the tokens; what must not change there are the attention's logits and the mass it
+puts on them (see :mod:`.prompts`).
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from .site import Mode, Site, original_name
 __all__ = ["find_sites", "unprotected"]
 
 ADAPTER_PARTS = ("adapter_down", "adapter_up")
+LARGO_PARTS = ("largo_A", "largo_B")
 
 
 def find_sites(model: nn.Module, known: Mapping[str, int] | None = None, mode: Mode = "strict") -> list[Site]:
     """Find every trainable matrix that can be protected, and the known ones that are frozen by now.
 
     Args:
-        model: Any module. LoRA, IA3, prefix and prompt tuning of PEFT and bottleneck adapters are recognised; every
-            other trainable ``nn.Linear`` or ``Conv1D`` is a linear site. A weight that several modules hold (tied to
-            an embedding, say) or that is computed (weight norm) is none: features of one module are not all that it
-            multiplies.
+        model: Any module. LoRA, IA3, prefix and prompt tuning of PEFT, bottleneck and LARGO-style adapters are
+            recognised; every other trainable ``nn.Linear`` or ``Conv1D`` is a linear site. A weight that several
+            modules hold (tied to an embedding, say) or that is computed (weight norm) is none: features of one module
+            are not all that it multiplies.
         known: Sites that a memory already holds, by name, with their dimension; they are found even when frozen.
         mode: ``"strict"``: conditions that keep what old inputs compute. ``"paper"``: those that the PEGP paper
             states, which do less for prefixes and prompts.
@@ -128,6 +130,15 @@ class _Finder:
                     continue
                 bias = f"{part}.bias" if self._folds(linear, f"{part}.weight") else ""
                 yield Site(f"{part}.weight", container, part, linear.in_features + bool(bias), bias=bias)
+        for factor in LARGO_PARTS:
+            parts = module._modules.get(factor)
+            for adapter, linear in parts.items() if isinstance(parts, nn.ModuleDict) else ():
+                part = f"{inside}{factor}.{adapter}"
+                self._done.add(part)
+                weight: Any = linear.weight
+                if self._alone(linear) and self._wanted(weight, f"{part}.weight"):
+                    outer = name if factor == "largo_A" else ""
+                    yield Site(f"{part}.weight", factor, part, weight.shape[1], outer=outer)
         if any(container in module._modules for container in TOKEN_CONTAINERS):
             yield from self._chosen(tuned_tokens(module, name, self._mode))
 

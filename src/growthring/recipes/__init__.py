@@ -7,6 +7,8 @@ from .config import RunConfig, config_schema, load_config, parse_config
 from .demo import demo_runs
 from .methods import METHODS, get_method
 from .presets import GorpPreset, gorp_preset
+from .robust import run_robust
+from .robust_config import RobustConfig, load_robust_config, parse_robust_config, robust_schema
 from .runner import build, build_stream, run
 from .sites import explain_sites, group_sites, sites_line
 
@@ -14,6 +16,7 @@ __all__ = [
     "METHODS",
     "GorpPreset",
     "Method",
+    "RobustConfig",
     "RunConfig",
     "build",
     "build_stream",
@@ -24,7 +27,11 @@ __all__ = [
     "gorp_preset",
     "group_sites",
     "load_config",
+    "load_robust_config",
     "parse_config",
+    "parse_robust_config",
+    "robust_schema",
     "run",
+    "run_robust",
     "sites_line",
 ]

@@ -10,14 +10,17 @@ from typing import Any, Literal
 
 __all__ = ["SITE_KINDS", "TRAINS", "AdapterKind", "GuardName", "Method", "OptimizerName", "Paper"]
 
-AdapterKind = Literal["lora", "lora+weights", "bottleneck", "prefix", "prompt", "ia3", "linear", "full"]
-GuardName = Literal["pegp", "inflora", "o-lora", "gradient-memory"]
+AdapterKind = Literal["lora", "lora+weights", "largo", "bottleneck", "prefix", "prompt", "ia3", "linear", "full"]
+GuardName = Literal[
+    "pegp", "inflora", "o-lora", "gradient-memory", "radius", "directional", "l2-sp", "ftp", "tpgm", "spd"
+]
 OptimizerName = Literal["gorp", "galore"]
 
 TRAINS: Mapping[AdapterKind, str] = MappingProxyType(
     {
         "lora": "a LoRA adapter",
         "lora+weights": "LoRA and chosen linear weights",
+        "largo": "a low-rank adapter that starts from the weights' SVD",
         "bottleneck": "bottleneck adapters",
         "prefix": "a prefix",
         "prompt": "a prompt",
@@ -32,6 +35,7 @@ SITE_KINDS: Mapping[AdapterKind, tuple[str, ...]] = MappingProxyType(
     {
         "lora": ("lora_A", "lora_B"),
         "lora+weights": ("lora_A", "lora_B", "linear"),
+        "largo": ("largo_A", "largo_B"),
         "bottleneck": ("adapter_down", "adapter_up"),
         "prefix": ("prefix_key", "prefix_value"),
         "prompt": ("prompt_key", "prompt_value"),
@@ -65,9 +69,9 @@ class Method:
         title: Human name.
         summary: What it does, in a sentence or two.
         adapter: What trains: ``"lora"``, ``"lora+weights"`` (LoRA, new for every task, and chosen linear weights),
-            ``"bottleneck"``, ``"prefix"``, ``"prompt"``, ``"ia3"``, ``"linear"`` (every linear weight), ``"full"``
-            (everything).
-        guard: ``"pegp"``, ``"inflora"``, ``"o-lora"``, ``"gradient-memory"``, or ``None``.
+            ``"largo"`` (low-rank deviations that start from the SVD of the weights), ``"bottleneck"``, ``"prefix"``,
+            ``"prompt"``, ``"ia3"``, ``"linear"`` (every linear weight), ``"full"`` (everything).
+        guard: What a step must respect: one of the names of :data:`GuardName`, or ``None``.
         optimizer: ``"gorp"`` or ``"galore"``, which step inside subspaces of the gradient; ``None`` where the
             configuration chooses a plain one.
         joint: Whether it sees all tasks at once.
@@ -80,6 +84,8 @@ class Method:
         full_rank_lr: Learning rate of the linear weights beside LoRA, where a configuration gives none.
         energy: Energy used where a configuration gives none: one for each kind of site, or one number for InfLoRA and
             the gradient memory; ``None`` without a guard that has an energy.
+        choices: Settings of which the method takes some values only, as ``"adapter.form"`` or ``"guard.norm"``; the
+            first value is the default.
     """
 
     name: str
@@ -97,6 +103,7 @@ class Method:
     paper: Paper | None = None
     full_rank_lr: float | None = None
     energy: Any = field(default=None)
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -107,7 +114,8 @@ class Method:
         """The method as plain values for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         paper = dataclasses.asdict(self.paper) if self.paper is not None else None
-        return values | {"paper": paper, "energy": plain_energy(self.energy)}
+        choices = {setting: list(allowed) for setting, allowed in self.choices.items()}
+        return values | {"paper": paper, "energy": plain_energy(self.energy), "choices": choices}
 
 
 def plain_energy(energy: Any) -> Any:

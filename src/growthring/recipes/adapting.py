@@ -57,6 +57,12 @@ def make_adapter(method: Method, settings: AdapterSettings | None, encoder: nn.M
             lora_dropout=settings.dropout,
             target_modules=_targets(settings, encoder),
         )
+    if method.adapter == "largo":
+        from growthring.adapters import LargoConfig
+
+        chosen: Any = {name: getattr(settings, name) for name in ("r", "alpha", "init", "form", "svd_iterations")}
+        targets: Any = _targets(settings, encoder)
+        return LargoConfig(target_modules=targets, **chosen)
     if method.adapter == "bottleneck":
         from growthring.adapters import BottleneckConfig
 
@@ -136,7 +142,17 @@ def make_guards(method: Method, settings: GuardSettings | None, adapter: Adapter
         if adapter is not None and adapter.branches is not None:
             made.append(guards.FreshLoRA(merge=adapter.branches == "merged"))  # it merges when the memory is done
         return made
-    kinds: dict[str, Any] = {"pegp": guards.PEGP, "inflora": guards.InfLoRA, "o-lora": guards.OLoRA}
+    kinds: dict[str, Any] = {
+        "pegp": guards.PEGP,
+        "inflora": guards.InfLoRA,
+        "o-lora": guards.OLoRA,
+        "radius": guards.Radius,
+        "directional": guards.Directional,
+        "l2-sp": guards.L2SP,
+        "ftp": guards.FTP,
+        "tpgm": guards.TPGM,
+        "spd": guards.SPD,
+    }
     return [kinds[str(method.guard)](**values)]
 
 

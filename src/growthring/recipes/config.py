@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -26,13 +26,15 @@ from .settings import (
     absolute,
 )
 
-__all__ = ["DEMO_MODELS", "RunConfig", "config_schema", "load_config", "parse_config"]
+__all__ = ["DEMO_MODELS", "RunConfig", "checked", "config_schema", "load_config", "parse_config", "read_settings"]
 
 DEMO_MODELS = ("demo:minilm",)
 """Models that the demo's assets hold."""
 
 _TAGS = ("a name", "the demo", "own tasks", *TARGET_TAGS)
 _SHOWN = 8
+
+Checked = TypeVar("Checked", bound=Section)
 
 
 def _branch(value: Any) -> str:
@@ -47,6 +49,26 @@ Stream: TypeAlias = Annotated[
     | Annotated[StreamConfig, Tag("own tasks")],
     Discriminator(_branch),
 ]
+
+
+def model_place(value: str, info: ValidationInfo) -> str:
+    """A folder made absolute, or a name as it is.
+
+    Raises:
+        ConfigError: It can only be a folder and there is none, or it is an unknown demo model.
+    """
+    if value.startswith("demo:"):
+        if value not in DEMO_MODELS:
+            raise ConfigError(f"there is no demo model {value!r}; {nearest(value, DEMO_MODELS)}")
+        return value
+    folder = Path(absolute(value, info))
+    if folder.is_dir():
+        return str(folder)
+    if value.startswith((".", "/", "~")) or Path(value).is_absolute() or value.count("/") > 1 or "\\" in value:
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        tip = nearest(folder.name, beside) if beside else f"{folder.parent} does not exist or holds no folder"
+        raise ConfigError(f"there is no folder {str(folder)!r}; {tip}")
+    return value
 
 
 class RunConfig(Section):
@@ -107,21 +129,7 @@ class RunConfig(Section):
     )
     tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run folder.")
 
-    @field_validator("model")
-    @classmethod
-    def _model(cls, value: str, info: ValidationInfo) -> str:
-        if value.startswith("demo:"):
-            if value not in DEMO_MODELS:
-                raise ConfigError(f"there is no demo model {value!r}; {nearest(value, DEMO_MODELS)}")
-            return value
-        folder = Path(absolute(value, info))
-        if folder.is_dir():
-            return str(folder)
-        if value.startswith((".", "/", "~")) or Path(value).is_absolute() or value.count("/") > 1 or "\\" in value:
-            beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-            tip = nearest(folder.name, beside) if beside else f"{folder.parent} does not exist or holds no folder"
-            raise ConfigError(f"there is no folder {str(folder)!r}; {tip}")
-        return value
+    _place = field_validator("model")(model_place)
 
     @field_validator("method")
     @classmethod
@@ -219,17 +227,31 @@ def parse_config(data: Any, *, where: str = "configuration", base: str | Path | 
     Raises:
         ConfigError: With every wrong key: its path, what came in, and what is allowed.
     """
+    return checked(RunConfig, data, where=where, base=base, least="method: pegp")
+
+
+def checked(kind: type[Checked], data: Any, *, where: str, base: str | Path | None, least: str) -> Checked:
+    """Plain data as a section; arguments as for :func:`parse_config`.
+
+    Args:
+        kind: The section.
+        data: A mapping.
+        where: What messages call it.
+        base: Folder at which relative paths start.
+        least: The shortest data that would do, for a message.
+
+    Raises:
+        ConfigError: With every wrong key.
+    """
     if not isinstance(data, Mapping):
         what = "empty" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(
-            f"{where}: must be a mapping of settings (key: value), but it is {what}. The least: method: pegp"
-        )
+        raise ConfigError(f"{where}: must be a mapping of settings (key: value), but it is {what}. The least: {least}")
     try:
-        return RunConfig.model_validate(dict(data), context={"base": Path(base) if base else None})
+        return kind.model_validate(dict(data), context={"base": Path(base) if base else None})
     except ValidationError as error:
         # Unknown keys first: a misspelt key is often the reason why another one is missing.
         errors = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        found = [explain(one, RunConfig, _TAGS) for one in errors]
+        found = [explain(one, kind, _TAGS) for one in errors]
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         lines = found[:_SHOWN] + more
         raise ConfigError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])) from None
@@ -246,6 +268,18 @@ def load_config(path: str | Path, **overrides: Any) -> RunConfig:
     Raises:
         ConfigError: The file cannot be read or a setting is wrong; see :func:`parse_config`.
     """
+    file, data = read_settings(path)
+    if isinstance(data, Mapping):
+        data = {**data, **{key: value for key, value in overrides.items() if value is not None}}
+    return parse_config(data, where=str(file), base=file.parent)
+
+
+def read_settings(path: str | Path) -> tuple[Path, Any]:
+    """The file, and the plain data in it.
+
+    Raises:
+        ConfigError: It cannot be read, or is no YAML or JSON.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
         inside = file / "config.yaml"
@@ -261,9 +295,7 @@ def load_config(path: str | Path, **overrides: Any) -> RunConfig:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    if isinstance(data, Mapping):
-        data = {**data, **{key: value for key, value in overrides.items() if value is not None}}
-    return parse_config(data, where=str(file), base=file.parent)
+    return file, data
 
 
 def config_schema() -> dict[str, Any]:

@@ -3,255 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias, get_args
-
-from pydantic import Discriminator, Field, PlainValidator, Tag, WithJsonSchema
+from typing import Any, Literal
 
 from growthring.errors import ConfigError
 
-from ._method import TRAINS, AdapterKind, GuardName, Method, plain_energy
+from ._defaults import ADAPTER_DEFAULTS, GUARD_DEFAULTS, PAPER_MEMORY
+from ._method import TRAINS, AdapterKind, Method, plain_energy
+from ._sections import TARGET_TAGS, AdapterSettings, GuardSettings, Kind, Role
 from .methods import METHODS
-from .settings import Name, Section
+from .settings import Section
 
 __all__ = [
     "ADAPTER_DEFAULTS",
     "GUARD_DEFAULTS",
     "PAPER_MEMORY",
+    "TARGET_TAGS",
     "AdapterSettings",
     "GuardSettings",
+    "Kind",
+    "Role",
     "adapter_for",
     "guard_for",
 ]
 
-Role: TypeAlias = Literal[
-    "preset",
-    "all-linear",
-    "all",
-    "attention",
-    "attention_input",
-    "attention_output",
-    "query",
-    "key",
-    "value",
-    "self_query",
-    "self_value",
-    "cross_query",
-    "cross_value",
-    "mlp",
-    "mlp_up",
-    "mlp_gate",
-    "mlp_down",
-]
-TARGET_TAGS = ("one word", "a list")
-TargetModules: TypeAlias = Annotated[
-    Annotated[Role, Tag("one word")] | Annotated[list[Name], Field(min_length=1), Tag("a list")],
-    Discriminator(lambda value: "one word" if isinstance(value, str) else "a list"),
-]
-Kind: TypeAlias = Literal[
-    "lora_A",
-    "lora_B",
-    "adapter_down",
-    "adapter_up",
-    "prefix_key",
-    "prefix_value",
-    "prompt_key",
-    "prompt_value",
-    "ia3",
-    "linear",
-]
-
-_SHARE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-_SCHEDULE: dict[str, Any] = {
-    "type": "object",
-    "properties": {"start": _SHARE, "end": _SHARE, "tasks": {"type": "integer", "minimum": 1}},
-    "required": ["start", "end", "tasks"],
-    "additionalProperties": False,
-}
-_NULL_RATIO: dict[str, Any] = {
-    "type": "object",
-    "properties": {"times": {"type": "number", "minimum": 1}},
-    "required": ["times"],
-    "additionalProperties": False,
-}
-_ONE_ENERGY: dict[str, Any] = {"anyOf": [_SHARE, _SCHEDULE, _NULL_RATIO]}
-_KINDS: dict[str, Any] = {
-    "type": "object",
-    "properties": dict.fromkeys(get_args(Kind), _ONE_ENERGY),
-    "additionalProperties": False,
-    "minProperties": 1,
-}
-
-ADAPTER_DEFAULTS: Mapping[AdapterKind, Mapping[str, Any]] = {
-    "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear", "tower": None},
-    "lora+weights": {
-        "r": 8,
-        "alpha": 16.0,
-        "dropout": 0.0,
-        "target_modules": "preset",
-        "full_rank": "preset",
-        "branches": "merged",
-        "tower": None,
-    },
-    "bottleneck": {
-        "r": 16,
-        "placement": "both",
-        "mode": "parallel",
-        "activation": "relu",
-        "scaling": 1.0,
-        "dropout": 0.0,
-        "tower": None,
-    },
-    "prefix": {"tokens": 10, "tower": None},
-    "prompt": {"tokens": 10, "tower": None},
-    "ia3": {"tower": None},
-    "linear": {},
-    "full": {},
-}
-"""The settings that each kind of adapter has, with their defaults."""
-
-GUARD_DEFAULTS: Mapping[GuardName, Mapping[str, Any]] = {
-    "pegp": {
-        "energy": None,
-        "samples": 256,
-        "probes": 8,
-        "unprotected": "hold",
-        "mode": "strict",
-        "project": "update",
-        "kinds": None,
-        "merge": 0.0,
-    },
-    "inflora": {"energy": None, "samples": 256},
-    "o-lora": {"weight": 0.5, "norm": "l1"},
-    "gradient-memory": {
-        "energy": None,
-        "mode": "sound",
-        "side": "input",
-        "source": "gradient",
-        "project": "update",
-    },
-}
-"""The settings that each guard has, with their defaults; the energy's is that of the method."""
-
-PAPER_MEMORY: Mapping[str, Any] = {"side": "output", "source": "exp_avg", "project": "gradient"}
-"""The gradient memory of the published rule."""
-
 _TWO_MODES: tuple[AdapterKind, ...] = ("bottleneck", "prefix", "prompt")
-
-
-def _energy(value: Any) -> Any:
-    """Check with the guard's own rules; keep plain values, which YAML and JSON can hold."""
-    from growthring.guards.energy import parse_energy
-
-    parse_energy(value)
-    return plain_energy(value)
-
-
-class AdapterSettings(Section):
-    """The adapter. Which settings there are depends on what the method trains; defaults are filled in."""
-
-    r: int | None = Field(
-        default=None, ge=1, description="LoRA: rank, default 8. Bottleneck adapters: width, default 16."
-    )
-    alpha: float | None = Field(
-        default=None, gt=0, description="LoRA: its output is multiplied by alpha / r. Default 16."
-    )
-    dropout: float | None = Field(
-        default=None, ge=0, lt=1, description="LoRA and bottleneck adapters: dropout on the input. Default 0."
-    )
-    target_modules: TargetModules | None = Field(
-        default=None,
-        description="LoRA: all-linear (default), a role found from the model's structure (attention, mlp, query ...), "
-        "or the names (or ends of names) of the modules to adapt. gorp: preset (default), its choice for the model.",
-    )
-    full_rank: TargetModules | None = Field(
-        default=None,
-        description="gorp: linear weights that train whole beside LoRA: preset (default), its choice for the model; "
-        "all-linear or a role, without what LoRA adapts; or names of layers.",
-    )
-    branches: Literal["merged", "kept"] | None = Field(
-        default=None,
-        description="gorp: what becomes of a task's LoRA at its end: merged into the weights (default), or kept, "
-        "frozen and active.",
-    )
-    placement: Literal["attention", "mlp", "both"] | None = Field(
-        default=None, description="Bottleneck adapters: at which parts of each block. Default both."
-    )
-    mode: Literal["parallel", "sequential"] | None = Field(
-        default=None, description="Bottleneck adapters: beside the part, or after it. Default parallel."
-    )
-    activation: Name | None = Field(
-        default=None, description="Bottleneck adapters: an element-wise activation of PyTorch. Default relu."
-    )
-    scaling: float | None = Field(
-        default=None, gt=0, description="Bottleneck adapters: fixed factor of the output. Default 1."
-    )
-    tokens: int | None = Field(default=None, ge=1, description="Prefix and prompt: number of tokens. Default 10.")
-    tower: Literal["text", "image"] | None = Field(
-        default=None, description="Of a dual encoder, the tower to adapt. Default both; prefix and prompt need it."
-    )
-
-
-class GuardSettings(Section):
-    """The guard, for methods that have one. Which settings there are depends on it; defaults are filled in."""
-
-    energy: Annotated[
-        Any,
-        PlainValidator(_energy),
-        WithJsonSchema({"anyOf": [*_ONE_ENERGY["anyOf"], _KINDS, {"const": "auto"}, {"type": "null"}]}),
-    ] = Field(
-        default=None,
-        description="Share of old features' (gradient memory: gradients') energy to protect: a number in (0, 1] or a "
-        "schedule {start, end, tasks}. PEGP also: one for each kind of site, {times} (directions above so many times "
-        "the smallest energy), or auto (chosen on validation data at the first task boundary). Default: the method's.",
-    )
-    samples: int | None = Field(
-        default=None,
-        ge=1,
-        description="PEGP, InfLoRA: inputs whose features are collected at the end of a task. Default 256.",
-    )
-    probes: int | None = Field(
-        default=None,
-        ge=0,
-        description="PEGP: inputs of each task kept to measure how far outputs drift; 0 keeps none. Default 8.",
-    )
-    unprotected: Literal["hold", "allow", "freeze"] | None = Field(
-        default=None,
-        description="PEGP: trained tensors that no condition protects are held from the second task on (default), "
-        "may move, or never train.",
-    )
-    mode: Literal["strict", "sound", "paper"] | None = Field(
-        default=None,
-        description="PEGP on bottleneck adapters, prefixes and prompts: conditions that keep what old inputs compute "
-        "(strict, default), or those that the paper states. Gradient memory: exact after every step (sound, default), "
-        "or the published rule (paper), for comparison.",
-    )
-    side: Literal["input", "output", "both"] | None = Field(
-        default=None,
-        description="Gradient memory: protect directions of the inputs (default), the outputs or both.",
-    )
-    source: Literal["gradient", "momentum", "exp_avg"] | None = Field(
-        default=None,
-        description="Gradient memory: what is remembered of a task: its gradients (default), Adam's first moment over "
-        "the task, or its last one.",
-    )
-    project: Literal["update", "gradient"] | None = Field(
-        default=None,
-        description="PEGP, gradient memory: project the update (default), exact for any optimizer; or gradients "
-        "alone, for comparison.",
-    )
-    kinds: Annotated[list[Kind], Field(min_length=1)] | None = Field(
-        default=None, description="PEGP: kinds of sites to protect; the others train freely. Default all."
-    )
-    merge: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="PEGP: weight of a freely trained copy mixed in after every task. Default 0.",
-    )
-    weight: float | None = Field(default=None, ge=0, description="O-LoRA: weight of the overlap. Default 0.5.")
-    norm: Literal["l1", "squared"] | None = Field(
-        default=None, description="O-LoRA: absolute values of the overlap (default) or their squares."
-    )
 
 
 def adapter_for(method: Method, given: AdapterSettings | None) -> AdapterSettings | None:
@@ -269,6 +44,11 @@ def adapter_for(method: Method, given: AdapterSettings | None) -> AdapterSetting
             )
         return None
     values = _given(given)
+    if "dropout" in values and method.adapter == "largo":
+        raise ConfigError(
+            f"adapter.dropout: {values['dropout']:g}: an adapter that starts from the weights' SVD has none: it would "
+            "disturb what the pretrained model computes. Remove dropout"
+        )
     for name in values:
         if name not in allowed:
             raise ConfigError(
@@ -286,7 +66,11 @@ def adapter_for(method: Method, given: AdapterSettings | None) -> AdapterSetting
             f"adapter.tower: has no effect beside a list of {' and of '.join(where)}: names say where; give one of "
             "the two"
         )
-    return (given or AdapterSettings()).model_copy(update={**allowed, **values})
+    filled = {**allowed, **_chosen(method, "adapter", allowed, values), **values}
+    if method.adapter == "largo":
+        filled["alpha"] = float(filled["r"]) if filled["alpha"] is None else filled["alpha"]
+        _check_start(filled)
+    return (given or AdapterSettings()).model_copy(update=filled)
 
 
 def guard_for(method: Method, given: GuardSettings | None, *, linear_head: bool) -> GuardSettings | None:
@@ -332,10 +116,48 @@ def guard_for(method: Method, given: GuardSettings | None, *, linear_head: bool)
                 f"guard.{name}: has no effect: the guard of the method {method.name!r} has the settings "
                 f"{', '.join(allowed)}"
             )
-    filled = {**allowed, **values}
+    filled = {**allowed, **_chosen(method, "guard", allowed, values), **values}
     if "energy" in filled:
         filled["energy"] = _energy_for(method, filled, linear_head)
     return (given or GuardSettings()).model_copy(update=filled)
+
+
+def _check_start(filled: Mapping[str, Any]) -> None:
+    """Refuse starts that a low-rank adapter from an SVD cannot have."""
+    if filled["svd_iterations"] is not None and filled["init"] != "principal":
+        raise ConfigError(
+            f"adapter.svd_iterations: {filled['svd_iterations']}: a randomised SVD finds the largest singular vectors "
+            f"of a weight, and init is {filled['init']}. Remove svd_iterations, or choose init: principal"
+        )
+    if filled["init"] == "activation" and filled["form"] == "residual":
+        raise ConfigError(
+            "adapter.form: residual takes a part of the weight's own SVD out of it, and init: activation starts from "
+            "none. Choose form: delta, or init: principal or minor"
+        )
+
+
+def _chosen(
+    method: Method, part: Literal["adapter", "guard"], allowed: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Defaults of the settings of which the method takes some values only.
+
+    Raises:
+        ConfigError: A configuration gives another value.
+    """
+    defaults: dict[str, Any] = {}
+    for setting, options in method.choices.items():
+        where, _, name = setting.partition(".")
+        if where != part or name not in allowed:
+            continue
+        defaults[name] = options[0]
+        if values.get(name, options[0]) not in options:
+            others = [m.name for m in METHODS.values() if values[name] in m.choices.get(setting, ())]
+            other = f", or choose another method ({', '.join(others)})" if others else ""
+            raise ConfigError(
+                f"{setting}: {values[name]!r}: the method {method.name!r} takes {' or '.join(map(str, options))}. "
+                f"Remove {name}{other}"
+            )
+    return defaults
 
 
 def _energy_for(method: Method, filled: Mapping[str, Any], linear_head: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from growthring.errors import ConfigError, nearest
 
 from ._method import Method, Paper
+from .methods_robust import robust_methods
 
 __all__ = ["METHODS", "get_method"]
 
@@ -290,6 +291,7 @@ def _family() -> Iterator[Method]:
         use_when="To compare with O-LoRA. It keeps no statistics of the data.",
         avoid_when="Old outputs have to be bounded: take inflora or pegp.",
         learning_rate=1e-3,
+        choices=MappingProxyType({"guard.norm": ("l1", "squared")}),
     )
 
 
@@ -353,7 +355,11 @@ def _projected() -> Iterator[Method]:
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for group in (_sequential(), _pegp(), _family(), _projected()) for method in group}
+    {
+        method.name: method
+        for group in (_sequential(), _pegp(), _family(), _projected(), robust_methods())
+        for method in group
+    }
 )
 """Every method, by name."""
 

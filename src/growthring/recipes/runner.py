@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from growthring.streams import Task, TaskStream
     from growthring.trainer import ContinualTrainer, RunResult
 
-__all__ = ["PRODUCTS", "build", "build_stream", "check_folder", "run"]
+__all__ = ["PRODUCTS", "build", "build_stream", "check_folder", "read_task", "run", "trainer_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ def build_stream(config: RunConfig) -> TaskStream:
         return demo_stream(stream.seed or 0, stream.train, stream.validation, stream.test)
     assert not isinstance(stream, str)  # RunConfig has replaced the name by what it stands for
     return TaskStream(
-        [_task(task, stream.seed or 0) for task in stream.tasks],
+        [read_task(task, stream.seed or 0) for task in stream.tasks],
         scenario=stream.scenario,
         validation_fraction=stream.validation_fraction,
         seed=stream.seed or 0,
         name=stream.name,
-        reference=_task(stream.reference, stream.seed or 0) if stream.reference is not None else None,
+        reference=read_task(stream.reference, stream.seed or 0) if stream.reference is not None else None,
     )
 
 
@@ -85,11 +85,7 @@ def build(
     Raises:
         GrowthringError: Data, model or settings cannot work; the message says what to change.
     """
-    import torch
-
-    from growthring.streams import demo_encoder_path
     from growthring.trainer import ContinualTrainer
-    from growthring.trainer.models import load_encoder
 
     method = get_method(config.method)
     stream = build_stream(config) if stream is None else stream
@@ -99,41 +95,62 @@ def build(
         raise ConfigError(
             "train.steps: the method 'joint' trains all tasks in one go; name every task, or use max_steps"
         )
+    encoder, settings = trainer_settings(config, output_dir)
+    return ContinualTrainer(
+        encoder,
+        stream,
+        classifiers=config.classifiers,
+        steps=config.train.steps,
+        total_steps=config.train.total_steps,
+        joint=method.joint,
+        evaluate_validation=evaluate_validation,
+        evaluate_test=evaluate_test,
+        progress=progress,
+        **settings,
+    )
+
+
+def trainer_settings(config: RunConfig, output_dir: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder of a configuration, and everything that trainers of streams and of single tasks both take.
+
+    Args:
+        config: The configuration. Its ``threads`` are set for the whole process.
+        output_dir: Run folder; ``None`` writes nothing.
+
+    Raises:
+        GrowthringError: Model or settings cannot work; the message says what to change.
+    """
+    import torch
+
+    from growthring.streams import demo_encoder_path
+    from growthring.trainer.models import load_encoder
+
+    method = get_method(config.method)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     args = _arguments(config.train, config.seed, Path(output_dir) if output_dir is not None else None)
     encoder, tokenizer, _ = load_encoder(str(demo_encoder_path()) if config.model == "demo:minilm" else config.model)
     _check_model(config, encoder)
-    adapter = make_adapter(method, config.adapter, encoder)
-    return ContinualTrainer(
-        encoder,
-        stream,
-        adapter=adapter,
-        optimizer=make_optimizer(method, config.optimizer),
-        full_rank=make_full_rank(method, config.adapter, encoder),
-        full_rank_lr=config.optimizer.full_rank_lr if config.optimizer is not None else None,
-        guards=make_guards(method, config.guard, config.adapter),
-        args=args,
-        tokenizer=tokenizer,
-        head=config.head,
-        classifiers=config.classifiers,
-        pooling=config.pooling,
-        max_length=config.max_length,
-        image_size=config.image_size,
-        prompt_template=config.prompt_template or PROMPT_TEMPLATE,
-        steps=config.train.steps,
-        total_steps=config.train.total_steps,
-        joint=method.joint,
-        seed=config.seed,
-        output_dir=output_dir,
-        method=method.name,
-        title=config.title,
-        evaluate_validation=evaluate_validation,
-        evaluate_test=evaluate_test,
-        tensorboard=config.tensorboard,
-        progress=progress,
-        config=config.resolved(),
-    )
+    return encoder, {
+        "adapter": make_adapter(method, config.adapter, encoder),
+        "optimizer": make_optimizer(method, config.optimizer),
+        "full_rank": make_full_rank(method, config.adapter, encoder),
+        "full_rank_lr": config.optimizer.full_rank_lr if config.optimizer is not None else None,
+        "guards": make_guards(method, config.guard, config.adapter),
+        "args": args,
+        "tokenizer": tokenizer,
+        "head": config.head,
+        "pooling": config.pooling,
+        "max_length": config.max_length,
+        "image_size": config.image_size,
+        "prompt_template": config.prompt_template or PROMPT_TEMPLATE,
+        "seed": config.seed,
+        "output_dir": output_dir,
+        "method": method.name,
+        "title": config.title,
+        "tensorboard": config.tensorboard,
+        "config": config.resolved(),
+    }
 
 
 def run(
@@ -209,7 +226,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _task(task: TaskConfig, seed: int) -> Task:
+def read_task(task: TaskConfig, seed: int) -> Task:
+    """The task that a configuration describes, rows of limits drawn with ``seed``."""
     from growthring.streams import Task
 
     columns: dict[str, Any] = {"text": task.text} if task.image is None else {"image": task.image}

@@ -39,11 +39,11 @@ def promise_kept(certificate: Mapping[str, Any]) -> bool | None:
     """Whether a certificate's guarantee held: the guard's own judgement, else the leak against 1e-5.
 
     Returns:
-        ``None`` when nothing was protected yet, or the leak was not measured.
+        ``None`` when nothing was protected yet, the leak was not measured, or nothing was bounded.
     """
     leak, judged = certificate.get("leak"), certificate.get("kept")
     if leak is None:
-        return None
+        return bool(judged) if certificate.get("deviations") and judged is not None else None
     return bool(leak <= LEAK_LIMIT) if judged is None else bool(judged)
 
 

@@ -171,8 +171,10 @@ def _verdict(one: Results) -> View:
     leak, change = worst(one, "leak"), worst(one, "output_change")
     unmeasured = sum(bool(c.get("protected_tasks")) and c.get("leak") is None for c in certificates)
     if leak is None and not unmeasured:
-        return _card(label, "nothing to protect yet", "", "the promise starts with the second task", name=True)
-    kept = all(promise_kept(c) is not False for c in certificates)
+        return _bounds(label, certificates)
+    kept = all(promise_kept(c) is not False for c in certificates if c.get("leak") is not None)
+    if kept and any(promise_kept(c) is False for c in certificates):
+        return _bounds(label, certificates)
     if leak is None or (unmeasured and kept):
         note = f"the leak of {unmeasured} of {len(certificates)} certificates was not measured"
         return _card(label, "not fully measured", "", note, name=True)
@@ -182,6 +184,20 @@ def _verdict(one: Results) -> View:
         return _card(label, "promise kept", "", note, tone="good", name=True)
     note = f"{fmt.small(leak)} of an update touched protected directions, more than rounding explains.{moved}"
     return _card(label, "promise broken", "", note, tone="bad", name=True)
+
+
+def _bounds(label: str, certificates: Sequence[Mapping[str, Any]]) -> View:
+    """Of guards that keep layers near the pretrained model, when no other one has a promise to report."""
+    judged = [promise_kept(c) for c in certificates if c.get("deviations")]
+    if False in judged:
+        note = "layers ended farther from the pretrained model than their bounds allow"
+        return _card(label, "promise broken", "", note, tone="bad", name=True)
+    if True in judged:
+        note = "every layer is as near to the pretrained model as its bound says"
+        return _card(label, "promise kept", "", note, tone="good", name=True)
+    if judged:
+        return _card(label, "no promise", "", "how far layers moved was measured, not bounded", name=True)
+    return _card(label, "nothing to protect yet", "", "the promise starts with the second task", name=True)
 
 
 def _method_view(number: int, one: Results, figures: dict[str, draw.Figure]) -> View:
@@ -243,6 +259,7 @@ def _certificate_view(certificate: Mapping[str, Any]) -> View:
         "leak": leak,
         "tone": {None: "plain", True: "good", False: "bad"}[promise_kept(certificate)],
         "sites": [dict(site) for site in certificate.get("sites") or []],
+        "deviations": [dict(one) for one in certificate.get("deviations") or []],
         "notes": [str(note) for note in certificate.get("notes") or []],
     }
 

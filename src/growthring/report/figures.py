@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from . import _format as fmt
 from ._results import Results, certificates_of, matrix_of, task_names, title_of
 
-__all__ = ["capacity", "curves", "final_by_method", "free_share_by_kind", "matrix_heat"]
+__all__ = ["capacity", "curves", "final_by_method", "free_share_by_kind", "make_figure", "matrix_heat"]
 
 Figure: TypeAlias = dict[str, Any]
 Cells: TypeAlias = Sequence[Sequence[float | None]]
@@ -24,6 +24,8 @@ NAME_LIMIT = 22
 KIND_NAMES = {
     "lora_A": "LoRA A",
     "lora_B": "LoRA B",
+    "largo_A": "LARGO A",
+    "largo_B": "LARGO B",
     "adapter_down": "Adapter down",
     "adapter_up": "Adapter up",
     "prefix_key": "Prefix keys",
@@ -96,7 +98,7 @@ def curves(results: Results) -> Figure:
         "xaxis": _ticks([label(row, 16) for row in matrix.rows], [-0.25, len(moments) - 0.75], -1),
         "yaxis": {"range": [-2, 102], "title": {"text": "accuracy, %"}, "tickvals": [0, 20, 40, 60, 80, 100]},
     }
-    return _figure(traces, layout)
+    return make_figure(traces, layout)
 
 
 def free_share_by_kind(results: Results) -> dict[str, list[tuple[str, float]]]:
@@ -146,7 +148,7 @@ def capacity(results: Results) -> Figure:
         "yaxis": {"automargin": True, "autorange": "reversed", "ticklen": 8},
         "uniformtext": {"minsize": 11, "mode": "hide"},
     }
-    return _figure([*traces, free], layout)
+    return make_figure([*traces, free], layout)
 
 
 def to_json(figures: Mapping[str, Figure]) -> str:
@@ -187,7 +189,7 @@ def _heat(values: Cells, rows: Sequence[str], columns: Sequence[str], row_limit:
         "xaxis": _ticks([label(c, 18) for c in columns], [-0.5, len(columns) - 0.5], 1) | {"side": "top"},
         "yaxis": _ticks([label(r, row_limit) for r in rows], [len(rows) - 0.5, -0.5]),
     }
-    return _figure([trace, numbers], layout)
+    return make_figure([trace, numbers], layout)
 
 
 def _ticks(names: Sequence[str], span: list[float], turn: int = 0) -> Figure:
@@ -220,7 +222,7 @@ def _bar(lengths: list[float], names: list[str], meta: Figure) -> Figure:
     }
 
 
-def _figure(traces: list[Figure], layout: Figure) -> Figure:
+def make_figure(traces: list[Figure], layout: Figure) -> Figure:
     """Let plotly check every property, then give plain lists and dictionaries without the default template."""
     import plotly.graph_objects as go  # slow to import, so only when a page is written
 

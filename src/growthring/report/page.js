@@ -46,6 +46,9 @@
       trace.line = Object.assign({ width: 2.2 }, lineStyle(trace.meta.slot, colours));
       trace.marker.color = trace.line.color;
       trace.marker.line = { width: 2, color: trace.line.color };
+      ["error_x", "error_y"].forEach(function (name) { if (trace[name]) { trace[name].color = trace.line.color; } });
+    } else if (role === "frontier") {
+      trace.line = Object.assign({ color: colours.soft, width: 1.6 }, trace.line);
     } else if (role === "ring") {
       var ring = colours.rings[trace.meta.slot % 2];
       trace.marker = { color: ring, line: { width: 1, color: colours.paper } };
@@ -99,8 +102,11 @@
       if (!button) { return; }
       var shown = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", String(shown));
-      figures[list.dataset.for].data[Number(button.dataset.slot)].visible = shown;
-      Plotly.restyle(list.dataset.for, { visible: shown }, [Number(button.dataset.slot)]);
+      var traces = figures[list.dataset.for].data, places = [];
+      traces.forEach(function (trace, i) {
+        if (trace.meta.slot === Number(button.dataset.slot)) { trace.visible = shown; places.push(i); }
+      });
+      Plotly.restyle(list.dataset.for, { visible: shown }, places);
     });
   });
 

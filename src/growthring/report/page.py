@@ -16,7 +16,7 @@ from ._results import Results, as_list
 from ._view import page_view
 from .figures import to_json
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["environment", "plotly", "render_report", "write_report"]
 
 
 def write_report(results: Sequence[Results] | Results, path: str | Path) -> Path:
@@ -43,21 +43,23 @@ def render_report(results: Sequence[Results] | Results) -> str:
     """The page as text; see :func:`write_report`."""
     view, figures = page_view(as_list(results))
     return (
-        _environment()
+        environment()
         .get_template("template.html.j2")
-        .render(**view, figure_data=Markup(to_json(figures)), plotly=Markup(_plotly()))
+        .render(**view, figure_data=Markup(to_json(figures)), plotly=Markup(plotly()))
     )
 
 
 @cache
-def _plotly() -> str:
+def plotly() -> str:
+    """The source of plotly, fit to stand inside a ``<script>`` element."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs()).replace("</script", "<\\/script")
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where templates are found, and how they show numbers."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

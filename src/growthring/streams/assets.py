@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from growthring._io import write_json
+from growthring._io import cache_folder, write_json
 from growthring.errors import ConfigError, GrowthringError, nearest
 
 __all__ = ["ASSETS", "Asset", "Progress", "asset_cache", "fetch"]
@@ -121,12 +121,7 @@ def asset_cache(cache_dir: str | Path | None = None) -> Path:
         cache_dir: ``<cache>``. Default: the environment variable ``GROWTHRING_CACHE``, else the user's cache:
             ``$XDG_CACHE_HOME`` or ``~/.cache``, on macOS ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``.
     """
-    root = cache_dir or os.environ.get("GROWTHRING_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if not root and os.name == "nt":
-        root = os.environ.get("LOCALAPPDATA")
-    if not root:
-        root = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(root).expanduser() / "growthring" / "assets"
+    return cache_folder("assets", cache_dir)
 
 
 def fetch(

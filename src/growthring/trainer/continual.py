@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from growthring.errors import ConfigError, GuardError
 from growthring.evaluation import BASE_ROW
-from growthring.guards import PEGP, Certificate, Guard
+from growthring.guards import PEGP, Certificate, Guard, Radius
+from growthring.guards.anchored_guard import AnchoredGuard
 from growthring.streams import TaskStream
 
 from .analytic import check_classifiers
@@ -33,6 +34,7 @@ from .optimizing import Optimizer, check_optimizer, explain_optimizer
 from .reference import Reference, zero_shot_figures
 from .result import RunResult
 from .scoring import Scorer, Tables
+from .starting import start_adapters
 from .steps import (
     Budget,
     StreamTrainer,
@@ -182,6 +184,7 @@ class ContinualTrainer:
             device=self.device, seed=self.seed, output=self.folder,
         )  # fmt: skip
         self.model, self.tokenizer, self._collate, self._data = built.model, built.tokenizer, built.collate, built.data
+        self._max_length = built.max_length
         self._whole = {} if full_rank is None else unfreeze(self.model.encoder, full_rank)
         self._apart = rate_apart(self._whole, full_rank_lr)
         self.config = check_config(config or {}) or resolved_config(
@@ -191,6 +194,8 @@ class ContinualTrainer:
         self._reference = Reference(stream, built, self.guards, eval_batch_size)
         self._zero_shot = built.head == "label-text" and classifiers[0] == "head" and not joint
         self._check_trainable()
+        rows = EncodedSplit.join([splits["train"] for splits in self._data[: len(self._data) if joint else 1]])
+        start_adapters(self.model, lambda: balanced_batches(rows, 256, 32, self._collate, self.seed))
 
     # --- running ------------------------------------------------------------------------------------------------
 
@@ -430,9 +435,9 @@ class ContinualTrainer:
             guard.begin_task(name)
 
     def _sample(self, number: int, guard: Guard) -> list[dict[str, Tensor]]:
-        """Training rows of a task for a guard to look at, drawn evenly over the classes."""
-        samples = getattr(guard, "samples", 256)
-        return balanced_batches(self._data[number]["train"], samples, 32, self._collate, self.seed * 1000 + number)
+        """Rows of a task for a guard to look at, drawn evenly over the classes: training rows unless it says else."""
+        samples, split = getattr(guard, "samples", 256), getattr(guard, "split", "train")
+        return balanced_batches(self._data[number][split], samples, 32, self._collate, self.seed * 1000 + number)
 
     def _prepare_guards(self, number: int, name: str, bars: Bars) -> None:
         """Let guards that want to see a task before it trains see it."""
@@ -446,7 +451,8 @@ class ContinualTrainer:
         for guard in self.guards:
             bars.task(f"{name}: consolidating", None)
             certificate = guard.end_task(name, self._sample(number, guard))
-            log.write("certificate", **{k: v for k, v in certificate.to_dict().items() if k != "sites"})
+            said = {k: v for k, v in certificate.to_dict().items() if k not in ("sites", "deviations")}
+            log.write("certificate", **said)
             certificates.append(certificate)
         return certificates
 
@@ -464,6 +470,7 @@ class ContinualTrainer:
         kept = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         kept |= {n: b.detach().clone() for n, b in self.model.named_buffers()}
         learned = copy.deepcopy(self._scorer.analytic)
+        radii = [(g, g.state_dict()) for g in self.guards if isinstance(g, Radius | AnchoredGuard)]
 
         def trial(candidate: object) -> float:
             self._train([1], f"{self.stream[1].name}: trying", RunLog(None), bars, 0, trial=True)
@@ -476,6 +483,8 @@ class ContinualTrainer:
                 for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
                     if name in kept:
                         tensor.copy_(kept[name])
+            for guard, state in radii:
+                guard.load_state_dict(state)
             return score
 
         for guard in self.guards:

@@ -134,9 +134,10 @@ class DualClassifier(StreamClassifier):
         return [*base.text_model.parameters(), *base.text_projection.parameters()]  # type: ignore[union-attr]
 
     def _state(self, parameters: Sequence[nn.Parameter]) -> object:
-        """Whatever the text vectors depend on: weights (by place and version) and which adapters are at work."""
+        """Whatever the text vectors depend on: weights (by place and version), and which adapters work how much."""
         layers = [m for m in self.encoder.modules() if isinstance(m, BaseTunerLayer)]
         return (
             tuple((p.data_ptr(), p._version, p.dtype) for p in parameters),
             tuple((layer.disable_adapters, tuple(layer.active_adapters), layer.merged) for layer in layers),
+            tuple(tuple(getattr(layer, "scaling", {}).items()) for layer in layers),
         )

@@ -25,7 +25,7 @@ from .vision import ImagePreprocessor
 if TYPE_CHECKING:
     from .building import Built
 
-__all__ = ["check_config", "check_folder", "describe_tasks", "resolved_config", "save_model"]
+__all__ = ["check_config", "check_folder", "describe_tasks", "resolved_config", "save_adapter", "save_model"]
 
 _ARGUMENTS = (
     "learning_rate",
@@ -46,6 +46,10 @@ _ADAPTER = (
     "r",
     "lora_alpha",
     "lora_dropout",
+    "alpha",
+    "init",
+    "form",
+    "svd_iterations",
     "target_modules",
     "feedforward_modules",
     "num_virtual_tokens",
@@ -150,10 +154,7 @@ def save_model(
         if any(isinstance(guard, FreshLoRA | InfLoRA | OLoRA) for guard in guards):
             encoder = copy.deepcopy(encoder)
             merge_branches(encoder)  # one stock LoRA in place of a branch for every task
-        with warnings.catch_warnings():
-            # PEFT before 0.19 looks for the base model's config, to see whether its vocabulary was changed
-            warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
-            encoder.save_pretrained(str(folder / "adapter"))
+        save_adapter(encoder, folder / "adapter")
     elif isinstance(encoder, PreTrainedModel):
         encoder.save_pretrained(str(folder / "model"))
         if tokenizer is not None:
@@ -167,6 +168,14 @@ def save_model(
         alike = sum(other.name == guard.name for other in savers[:number])
         place = guard.name if not alike else f"{guard.name}-{alike + 1}"
         guard.save_pretrained(folder / "memory" / place if len(savers) > 1 else folder / "memory")  # type: ignore[attr-defined]
+
+
+def save_adapter(encoder: PeftModel, folder: Path) -> None:
+    """Write an adapter as stock PEFT does."""
+    with warnings.catch_warnings():
+        # PEFT before 0.19 looks for the base model's config, to see whether its vocabulary was changed
+        warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
+        encoder.save_pretrained(str(folder))
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,242 @@
+"""Tables of ``robust_quality.py`` and ``largo_step.py``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from _words import NONE, Json, Stored, counted, energy_words, grid, not_yet, origin, seeds_of, spread
+from growthring.evaluation import Frontier, effective_robustness, frontier
+
+QUALITY = ("robust_quality.jsonl", "python benchmarks/robust_quality.py")
+STEP = ("largo_step.json", "python benchmarks/largo_step.py")
+BASELINE = "lora"
+"""Its learning rates and WiSE curves are the frontier."""
+LIMITS = {"delta": 0.10, "product": 0.03}
+"""What a step with a radius may cost beyond LoRA's."""
+VARIANTS = {"delta": "delta, radius", "product": "product, radius"}
+TITLES: Mapping[str, str] = {
+    "lora": "LoRA",
+    "linear": "all linear weights (LP-FT)",
+    "linear-scratch": "all linear weights, head from scratch",
+    "l2-sp": "L2-SP",
+    "ftp": "FTP",
+    "tpgm": "TPGM",
+    "spd": "SPD",
+    "digrap": "DiGraP",
+    "pissa": "PiSSA",
+    "milora": "MiLoRA",
+    "largo-f": "LARGO-F, principal",
+    "largo-f-minor": "LARGO-F, minor",
+    "largo-p": "LARGO-P, principal",
+    "largo-p-activation": "LARGO-P, activation",
+    "largo-d": "LARGO-D, principal",
+}
+
+Point = tuple[float, float]
+
+
+class Bench:
+    """The finished runs of one bench.
+
+    Args:
+        stored: What is stored.
+        name: The bench.
+    """
+
+    def __init__(self, stored: Stored, name: str) -> None:
+        lines = [line for line in stored.lines(QUALITY[0]) if line.get("stream") == name]
+        runs = {line["key"]: line for line in lines}.values()
+        self.failed = [r for r in runs if "error" in r]
+        self.search = [r for r in runs if r["phase"] == "search" and "error" not in r]
+        self.finals = [r for r in runs if r["phase"] == "final" and "error" not in r]
+
+    def rate(self, method: str) -> float | None:
+        """The learning rate that validation rows chose."""
+        own = [r for r in self.search if r["method"] == method]
+        if not own:
+            return None
+        best = max(own, key=lambda r: (r["validation_aa"], r["energy"] or 0.0, -r["learning_rate"]))
+        return float(best["learning_rate"])
+
+    def chosen(self, method: str) -> list[Json]:
+        """Final runs with the chosen settings."""
+        rate = self.rate(method)
+        return [r for r in self.finals if r["method"] == method and r["learning_rate"] == rate]
+
+    def settings(self, method: str) -> Iterator[tuple[float, list[Json]]]:
+        """Final runs of every learning rate that a method has."""
+        rates = sorted({r["learning_rate"] for r in self.finals if r["method"] == method})
+        for rate in rates:
+            yield rate, [r for r in self.finals if (r["method"], r["learning_rate"]) == (method, rate)]
+
+    def baseline(self, seed: int | None = None) -> Frontier | None:
+        """The frontier: of one seed, or of means over the seeds that every setting has."""
+        corners: list[Point] = []
+        for _, runs in self.settings(BASELINE):
+            for alpha in sorted({p["alpha"] for r in runs for p in r["points"]}):
+                points = [at(r, alpha) for r in runs if seed in (None, r["seed"])]
+                if points:
+                    corners.append(mean(points))
+        return frontier(corners) if corners else None
+
+    def heights(self, runs: Sequence[Json], alpha: float = 1.0) -> list[float]:
+        """Height above the frontier of the same seed, one for each run."""
+        found = []
+        for r in runs:
+            line = self.baseline(r["seed"])
+            if line is not None:
+                found.append(effective_robustness(at(r, alpha), line))
+        return found
+
+
+def place(run: Json, alpha: float = 1.0) -> Json:
+    """What was measured of a run at a place of its curve."""
+    found: Json = next(p for p in run["points"] if p["alpha"] == alpha)
+    return found
+
+
+def at(run: Json, alpha: float = 1.0) -> Point:
+    """ID test accuracy and mean OOD accuracy."""
+    found = place(run, alpha)
+    return found["id_test"], statistics.fmean(found["ood"].values())
+
+
+def mean(points: Sequence[Point]) -> Point:
+    """The mean of some points."""
+    return statistics.fmean(p[0] for p in points), statistics.fmean(p[1] for p in points)
+
+
+def quality(name: str) -> Callable[[Stored], str]:
+    """The table of one bench."""
+
+    def table(stored: Stored) -> str:
+        bench = Bench(stored, name)
+        if not bench.finals:
+            return not_yet(QUALITY)
+        about = next(line for line in stored.lines(QUALITY[0]) if line["phase"] == "about")
+        domains = list(bench.finals[0]["points"][0]["ood"])
+        body = [_start(bench, domains)]
+        for method, title in TITLES.items():
+            body.append([title, *_row(bench, bench.chosen(method), domains)])
+        for alpha in about["alphas"]:
+            for method in ("lora", "linear"):
+                runs = bench.chosen(method)
+                if runs:
+                    body.append([f"{TITLES[method]}, WiSE {alpha:g}", *_row(bench, runs, domains, alpha)])
+        head = ("method", "learning rate", "strength", "ID", "OOD mean", "above frontier", *domains, "deviation")
+        size = about["sizes"][name]
+        lost = f"{counted(len(bench.failed), 'run')} failed and left out. " if bench.failed else ""
+        kind = "A development bench. " if name in about["development"] else "Not a development bench. "
+        words = (
+            f"{kind}Percent. {size['train']} training rows, {size['epochs']} epochs, batch {size['batch']}. "
+            f"{counted(len(bench.search), 'run')} of the search on validation rows of seed {about['search_seed']}. "
+            f"Above frontier: against LoRA's of the same seed. {seeds_of(bench.finals)}{lost}"
+        )
+        return f"{grid(head, body)}\n\n{origin(QUALITY, about['machine'], words)}"
+
+    return table
+
+
+def _start(bench: Bench, domains: Sequence[str]) -> list[str]:
+    """The untouched model with its probe: the beginning of the curve of one LoRA."""
+    runs = [r for r in bench.finals if any(p["alpha"] == 0 for p in r["points"])]
+    return ["untouched, linear probe", *_row(bench, runs, domains, 0.0, settings=False)]
+
+
+def _row(
+    bench: Bench, runs: Sequence[Json], domains: Sequence[str], alpha: float = 1.0, settings: bool = True
+) -> list[str]:
+    rates = "/".join(f"{x:g}" for x in sorted({r["learning_rate"] for r in runs})) if settings else ""
+    strengths = "/".join(sorted({energy_words(r["energy"]) for r in runs})) if settings else ""
+    places = [place(r, alpha) for r in runs]
+    points = [at(r, alpha) for r in runs]
+    return [
+        rates or NONE,
+        strengths or NONE,
+        spread([p[0] for p in points]),
+        spread([p[1] for p in points]),
+        spread(bench.heights(runs, alpha), sign=True),
+        *(spread([p["ood"][domain] for p in places]) for domain in domains),
+        spread([p["deviation"] for p in places], scale=1.0),
+    ]
+
+
+def steps(stored: Stored) -> str:
+    """What a step costs beside LoRA's."""
+    found = stored.get(STEP[0])
+    if found is None:
+        return not_yet(STEP)
+    body = [
+        [
+            r["shape"],
+            r["variant"],
+            str(r["batch_tokens"]),
+            f"{r['lora_step_ms']:.1f}",
+            f"{r['step_ms']:.1f}",
+            _percent(r["overhead"]),
+            f"{r['lora_bytes'] / 1e6:.2f}",
+            f"{r['bytes'] / 1e6:.2f}",
+        ]
+        for r in found["steps"]
+    ]
+    head = ("model", "variant", "tokens a batch", "LoRA step, ms", "step, ms", "overhead, %", "LoRA, MB", "MB")
+    more = "MB: what training holds beyond the base model (parameters, gradients, buffers, optimizer, guard). "
+    return f"{grid(head, body, left=2)}\n\n{origin(STEP, found['machine'], more)}"
+
+
+def decompositions(stored: Stored) -> str:
+    """Seconds for the singular vectors of a layer."""
+    found = stored.get(STEP[0])
+    if found is None:
+        return not_yet(STEP)
+    kinds = ("exact", "randomised", "cached")
+    body = [["×".join(map(str, r["shape"])), *(f"{r[f'{k}_seconds']:.3f}" for k in kinds)] for r in found["svd"]]
+    head = ("weight", "exact, s", "randomised, s", "from the cache, s")
+    return f"{grid(head, body)}\n\n{origin(STEP, found['machine'], 'Seconds to adapt one layer. ')}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+ROBUST_TABLES: Mapping[str, Callable[[Stored], str]] = {
+    "robust-sentiment": quality("sentiment"),
+    "robust-topics": quality("topics"),
+    "robust-emoji": quality("emoji"),
+    "largo-step": steps,
+    "largo-svd": decompositions,
+}
+BENCHES = ("sentiment", "topics", "emoji")
+
+
+def robust_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]:
+    """Rows for the page of claims."""
+    rows: list[tuple[str, tuple[str, str], str | None]] = []
+    for method in ("largo-f", "largo-f-minor", "largo-p", "largo-p-activation", "largo-d"):
+        words = []
+        for name in BENCHES:
+            bench = Bench(stored, name)
+            heights = bench.heights(bench.chosen(method))
+            if heights:
+                words.append(f"{name}: {_verdict(heights)} ({spread(heights, sign=True)})")
+        claim = f"{TITLES[method]} lies above the frontier of LoRA's learning rates and WiSE curves"
+        rows.append((claim, QUALITY, "; ".join(words) or None))
+    found: Any = stored.get(STEP[0])
+    for form, limit in LIMITS.items():
+        measured = None
+        if found is not None:
+            own = {r["shape"]: r["overhead"] for r in found["steps"] if r["variant"] == VARIANTS[form]}
+            verdict = "reached" if max(own.values()) <= limit else "**not reached**"
+            measured = f"{verdict}: " + ", ".join(f"{_percent(v)} % ({shape})" for shape, v in own.items())
+        rows.append((f"a LARGO step in {form} form costs at most {100 * limit:.0f} % over LoRA's", STEP, measured))
+    return rows
+
+
+def _verdict(heights: Sequence[float]) -> str:
+    """In words: all seeds above, none, or some."""
+    above = sum(h > 0 for h in heights)
+    if above == len(heights):
+        return "yes, every seed"
+    return "**no**" if above == 0 else f"**{above} of {counted(len(heights), 'seed')}**"
