@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 __all__ = ["cache_folder", "write_json", "write_text", "write_with"]
 
 
@@ -40,6 +42,9 @@ def write_with(path: str | Path, writer: Callable[[Path], object]) -> Path:
 
     Returns:
         ``path`` as a :class:`~pathlib.Path`.
+
+    Raises:
+        OSError: If it cannot be written; also where safetensors says so with an error of its own.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +52,10 @@ def write_with(path: str | Path, writer: Callable[[Path], object]) -> Path:
     os.close(handle)
     temporary = Path(name)
     try:
-        writer(temporary)
+        try:
+            writer(temporary)
+        except SafetensorError as error:  # a full disk, to begin with
+            raise OSError(f"{target} cannot be written: {error}") from error
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapter_helpers import gpt2, llama, vit
 from largo_helpers import ALL, IDS, LINEAR, Kinds, deviation, kinds, layers, moved, plain
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from growthring.adapters import LargoConfig, LargoLayer
@@ -444,6 +444,15 @@ def test_progress_shows_after_two_seconds_and_counts_layers(monkeypatch):
         ({"svd_iterations": 0}, r"LargoConfig\(svd_iterations=0\)"),
         ({"svd_iterations": 2, "init": "minor"}, "finds the largest singular values only"),
         ({"init": "activation", "form": "residual"}, "nothing to take out of the weight"),
+        ({"alpha": 1e-40}, r"scaling alpha / r is 1.25e-41, and single precision needs it between 1e-6 and 1e6"),
+        ({"alpha": 1e300}, "between 1e-6 and 1e6; give an alpha near r"),
+        ({"init_weights": "gaussian"}, r"LargoConfig\(init_weights='gaussian'\): allowed: True, or False"),
+        ({"target_modules": 3}, r"LargoConfig\(target_modules=3\): give a list of names, or a regular expression"),
+        ({"target_modules": [1]}, r"LargoConfig\(target_modules=\[1\]\): give a list of names"),
+        ({"target_modules": [["wide"]]}, r"LargoConfig\(target_modules=\[\['wide'\]\]\): give a list of names"),
+        ({"target_modules": "("}, r"LargoConfig\(target_modules='\('\): this is no regular expression"),
+        ({"exclude_modules": "[a"}, "this is no regular expression"),
+        ({"modules_to_save": "head"}, r"LargoConfig\(modules_to_save='head'\): give a list of names"),
     ],
 )
 def test_settings_that_cannot_be(config, message):
@@ -474,12 +483,15 @@ def test_other_modules_are_refused():
             self.empty = nn.Linear(0, 4)
             self.bytes = nn.Linear(4, 4)
             self.bytes.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+            self.narrow = nn.Linear(4, 4)
+            self.narrow.weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
 
     for target, message in (
         ("conv", r"conv is a Conv2d; LargoConfig can adapt Linear, Conv1D and Embedding layers"),
         ("out_proj", "reads its weight without calling it"),
         ("empty", "empty has 4 outputs and 0 inputs: an empty weight"),
         ("bytes", "bytes is a Linear whose weight is uint8; it seems quantised"),
+        ("narrow", "narrow is a Linear whose weight is float8_e4m3fn; it seems quantised"),
     ):
         with pytest.warns(UserWarning, match="zero-element"):
             made = Other()
@@ -496,13 +508,6 @@ def test_asking_for_an_adapter_that_is_not_there():
 def test_names_that_match_nothing_are_peft_s_to_report():
     with pytest.raises(ValueError, match="Target modules"):
         kinds(target_modules=["absent"])
-
-
-def test_it_stands_on_other_tuners_layers():
-    base = get_peft_model(Kinds(), LoraConfig(r=2, target_modules=["wide"]))
-    with pytest.warns(UserWarning, match=r"(?i)peft|adapter"):
-        model = get_peft_model(base.base_model.model, LargoConfig(r=3, target_modules=["out"]))
-    assert [type(layer).__name__ for layer in layers(model).values()] == ["LargoLinear"]
 
 
 def test_layers_are_shown_by_name():

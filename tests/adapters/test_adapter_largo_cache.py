@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from growthring._io import cache_folder
@@ -89,7 +90,9 @@ def test_small_matrices_are_not_kept(counted):
     assert len(counted) == 1
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "text", "other", "nan", "foreign", "folderless"])
+@pytest.mark.parametrize(
+    "damage", ["torn", "empty", "text", "other", "nan", "zeros", "longer", "largest", "foreign", "folderless"]
+)
 def test_a_file_that_is_not_whole_is_made_anew(damage, counted):
     from safetensors.torch import load_file, save_file
 
@@ -105,8 +108,17 @@ def test_a_file_that_is_not_whole_is_made_anew(damage, counted):
         save_file({**load_file(path), "sigma": torch.zeros(7)}, path)
     elif damage == "nan":
         save_file({**load_file(path), "left": torch.full_like(first.left, float("nan"))}, path)
-    elif damage == "foreign":
-        save_file({**load_file(path), "right": first.right.roll(1, dims=1).contiguous()}, path)
+    elif damage == "zeros":
+        save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
+    elif damage == "longer":  # still U^T W = diag(sigma) V^T
+        save_file({**load_file(path), "left": 3 * first.left, "right": 3 * first.right}, path)
+    elif damage == "largest":
+        save_file({**load_file(path), "largest": torch.tensor(1e30, dtype=torch.float64)}, path)
+    elif damage == "foreign":  # whole, but of another weight
+        triplets(WEIGHT + 1)
+        (other,) = set(files()) - {path}
+        other.replace(path)
+        counted.pop()
     else:
         path.unlink()
         path.parent.rmdir()
@@ -123,6 +135,23 @@ def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, tmp_path, c
     first = triplets()
     assert same(triplets(), first)
     assert len(counted) == 2
+
+
+def test_a_full_disk_costs_time_only(monkeypatch, counted):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(svd_cache, "save_file", full)
+    first = triplets()
+    assert same(triplets(), first)
+    assert len(counted) == 2
+    assert not files()
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch, counted):
+    monkeypatch.setenv("GROWTHRING_CACHE", "~no-such-user/cache")
+    triplets()
+    assert len(counted) == 1
 
 
 def test_the_folder_is_bounded(monkeypatch):

@@ -93,6 +93,7 @@ def test_one_of_several_adapters(how, tmp_path):
         save_as_lora(model, folder, "other")
     else:
         adapter_as_lora(tmp_path / "own" / "other", folder)
+    assert not any("largo" in key for key in load_file(folder / "adapter_model.safetensors"))
     lora = PeftModel.from_pretrained(Kinds(), folder)
     torch.testing.assert_close(lora(IDS), model(IDS), atol=1e-5, rtol=1e-5)
 
@@ -173,13 +174,69 @@ def test_a_folder_that_is_not_whole(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     state = load_file(path)
     save_file({key: value for key, value in state.items() if "wide.largo_B.weight" not in key}, path)
-    with pytest.raises(DataError, match=r"wide: factors are missing"):
+    with pytest.raises(
+        DataError, match=r"wide: the file holds \['A', 'A0', 'B0'\], .* made of \['A', 'A0', 'B', 'B0'\]"
+    ):
         adapter_as_lora(tmp_path, tmp_path / "lora")
-    save_file({key: value for key, value in state.items() if "largo_A0" not in key}, path)
-    with pytest.raises(DataError, match="no layer with largo_A0"):
+    save_file({key: value for key, value in state.items() if "largo_" not in key} | {"x": torch.ones(1)}, path)
+    with pytest.raises(DataError, match="holds no layer of ours"):
         adapter_as_lora(tmp_path, tmp_path / "lora")
     path.write_bytes(b"torn")
     with pytest.raises(DataError, match="cannot be read"):
+        adapter_as_lora(tmp_path, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def damaged(state, damage):
+    """A state dict, of which one layer or all are not what they should be."""
+    key = "base_model.model.wide.largo_"
+    if damage == "no A0":  # the layer was left out of the LoRA, silently
+        del state[key + "A0"]
+    elif damage == "no B0":  # a LoRA of two ranks, which loads nowhere
+        del state[key + "B0"]
+    elif damage == "narrow":
+        state[key + "A.weight"] = state[key + "A.weight"][:, :3]
+    elif damage == "flat":
+        state[key + "A0"] = state[key + "A0"].flatten()
+    elif damage == "scalar":
+        state[key + "B.weight"] = state[key + "B.weight"][0, 0]
+    elif damage == "whole numbers":
+        state[key + "A0"] = state[key + "A0"].int()
+    else:
+        state = {name: value[:2] if "largo_A" in name else value[:, :2] for name, value in state.items()}
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("damage", ["no A0", "no B0", "narrow", "flat", "scalar", "whole numbers", "all of rank 2"])
+def test_factors_that_do_not_fit(damage, tmp_path):
+    moved(kinds()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(damaged(load_file(path), damage), path)
+    with pytest.raises(DataError, match="is the file whole, and of this config"):
+        adapter_as_lora(tmp_path, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "kind", "message"),
+    [
+        ({"form": "product"}, DataError, r"made of \['A0', 'B'\]"),
+        ({"r": 10**9}, DataError, "where r=1000000000"),
+        ({"r": "3"}, ConfigError, r"adapter_config\.json: LargoConfig\(r='3'\)"),
+        ({"peft_type": "NOPE"}, DataError, r"adapter_config\.json is no adapter's config: KeyError: 'NOPE'"),
+        ({"peft_type": ["LORA"]}, DataError, "is no adapter's config"),
+        ({"task_type": "NOPE"}, DataError, "is no adapter's config"),
+        ([], DataError, "is no adapter's config"),
+        (None, DataError, r"holds no adapter_config\.json"),  # PEFT would ask a hub
+    ],
+)
+def test_configs_that_do_not_fit(written, kind, message, tmp_path):
+    moved(kinds()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    if isinstance(written, dict):
+        written = json.loads(path.read_text()) | written
+    path.unlink() if written is None else path.write_text(json.dumps(written))
+    with pytest.raises(kind, match=message):
         adapter_as_lora(tmp_path, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 

@@ -174,10 +174,10 @@ def test_padding_is_left_out_and_nothing_is_changed():
 
 
 def test_what_the_adapter_itself_adds_is_not_seen():
-    model = kinds(torch.float64, init="activation")
-    start_from_activations(model, [IDS])
-    first = {name: layer.largo_A0["default"].clone() for name, layer in layers(model).items()}
-    moved(model, scale=1.0)
+    still = kinds(torch.float64, init="activation")
+    start_from_activations(still, [IDS])
+    first = {name: layer.largo_A0["default"] for name, layer in layers(still).items()}
+    model = moved(kinds(torch.float64, init="activation"), scale=1.0)
     start_from_activations(model, [IDS])
     for name, layer in layers(model).items():
         assert torch.equal(layer.largo_A0["default"], first[name])

@@ -64,6 +64,41 @@ def test_refused(refused, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_folders_that_are_not_whole(refused, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from growthring.adapters.largo import export
+
+    run_with(tmp_path / "run", LargoConfig(r=2, target_modules=["0"]))
+    file = tmp_path / "run/adapter/adapter_config.json"
+    good = json.loads(file.read_text())
+    for wrong, message in (
+        ({"peft_type": "NOPE"}, "an adapter of type NOPE; LARGO-style adapters (GROWTHRING_LARGO) and LoRA (LORA)"),
+        ({"r": 3}, "is the file whole, and of this config?"),
+        ({"target_modules": 3}, "LargoConfig(target_modules=3): give a list of names"),
+        ({"task_type": "NOPE"}, "is no adapter's config: ValueError: Invalid task type"),
+    ):
+        file.write_text(json.dumps(good | wrong))
+        assert message in refused("export", "run", "--out", "x")
+    file.write_text('{"a":' * 5000)
+    assert "cannot be read as JSON" in refused("export", "run", "--out", "x")
+    assert not (tmp_path / "x").exists()
+    file.write_text(json.dumps(good))
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    assert "x cannot be written: No space left on device" in refused("export", "run", "--out", "x")
+
+
+def test_a_lora_whose_config_names_no_rank(cli, tmp_path):
+    run_with(tmp_path / "run", LoraConfig(target_modules=["0"]))
+    file = tmp_path / "run/adapter/adapter_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "r"}))
+    assert f"A LoRA of rank {LoraConfig().r}: " in cli("export", "run", "--out", "lora").stdout
+
+
 def test_an_adapter_without_weights(refused, tmp_path):
     run_with(tmp_path / "run", LargoConfig(r=2, target_modules=["0"]))
     (tmp_path / "run/adapter/adapter_model.safetensors").unlink()

@@ -97,6 +97,11 @@ def start_from_activations(model: nn.Module, batches: Iterable[Any], adapter_nam
 
 def _directions(moment: SecondMoment, r: int, name: str) -> Tensor:
     """The ``r`` main directions as rows."""
+    if not moment.count:
+        raise DataError(
+            f"{name} was not called by any batch, or all its rows are padding; give batches that the model uses it "
+            "for, or leave it out with exclude_modules"
+        )
     energies, vectors = moment.residual_spectrum()
     found = int((energies > ZERO * energies.max()).sum()) if energies.numel() else 0
     if found < r:

@@ -30,8 +30,9 @@ class LargoConfig(PeftConfig):  # type: ignore[misc]
       over quantised weights.
     - ``form="residual"``: ``y = (W0 - s B0 A0) x + s (B0 + dB) ((A0 + dA) x)``: the same function at LoRA's cost, but
       equal at the start only to rounding, and a second copy of each adapted weight is held (never saved). Where
-      several adapters are active, in batches that mix adapters, for scaled adapters and where the base weight trains
-      too, it is computed in delta form.
+      several adapters are active, in batches that mix adapters, for scaled adapters, and where the base weight trains
+      too or its layer does more than multiply by it (hooks, a subclass, another tuner's layer), it is computed in
+      delta form.
     - ``form="product"``: rows of ``A0`` are orthonormal and frozen, ``B0 = 0``, there is no ``dA``: ``y = W0 x +
       s dB (A0 x)``, so that ``||D||_F = s ||dB||_F``.
 
@@ -90,6 +91,7 @@ class LargoConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("growthring_largo")
+        self._check_names()
         self.target_modules, self.exclude_modules = names(self.target_modules), names(self.exclude_modules)
         positive(self, "r")
         if self.init not in INITS:
@@ -111,7 +113,6 @@ class LargoConfig(PeftConfig):  # type: ignore[misc]
                 f"LargoConfig(init_weights={self.init_weights!r}): allowed: True, or False for a random start; which "
                 "vectors the adapter starts from is said by init"
             )
-        self._check_names()
         if self.dropout != 0:
             raise ConfigError(
                 f"LargoConfig(dropout={self.dropout!r}): only 0.0 is allowed. The factors start from the pretrained "

@@ -121,9 +121,9 @@ def as_lora(
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        layer, found, name = key.partition(".largo_")
-        if found:
-            layers.setdefault(layer, {})[name.removesuffix(".weight")] = value
+        layer, _, name = key.removesuffix(".weight").partition(".largo_")
+        if name and "." not in name:  # PEFT before 0.19 saves those of other adapters too, under their names
+            layers.setdefault(layer, {})[name] = value
     if not layers:
         raise DataError("the adapter holds no layer of ours; was it saved by another version of growthring?")
     made: dict[str, Tensor] = {}
@@ -166,11 +166,11 @@ def _check_factors(layer: str, held: Mapping[str, Tensor], config: LargoConfig) 
     r, rows, columns = config.r, held["B"].shape[:1].numel(), held["A0"].shape[-1:].numel()
     shapes = {"A0": (r, columns), "A": (r, columns), "embedding_A": (columns, r), "B0": (rows, r), "B": (rows, r)}
     for name, value in held.items():
-        if tuple(value.shape) != shapes[name] or not value.is_floating_point():
+        shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        if shape != shapes[name] or not value.is_floating_point():
             raise DataError(
-                f"{layer}: largo_{name} is {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}, where r={r} "
-                f"and the factors beside it want floating numbers of shape {shapes[name]}; is the file whole, and of "
-                "this config?"
+                f"{layer}: largo_{name} is {shape} of {dtype}, where r={r} and the factors beside it want floating "
+                f"numbers of shape {shapes[name]}; is the file whole, and of this config?"
             )
 
 

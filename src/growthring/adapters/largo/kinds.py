@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .bases import embed_scale
 from .factors import FactorA
@@ -40,6 +41,7 @@ class LargoLinear(LargoLayer):
             and not weight.requires_grad
             and self.base_layer is core  # another tuner's layer adds its part when it is called
             and not (core._forward_hooks or core._forward_pre_hooks)  # nor would they be called
+            and type(core).forward in (nn.Linear.forward, Conv1D.forward)  # nor what a subclass does
         )
 
     def _residual_forward(self, adapter: str, x: Tensor) -> Tensor:

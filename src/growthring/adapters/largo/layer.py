@@ -26,8 +26,8 @@ WAITS = {
     "activation": "has init='activation' and has seen no activations yet. Call "
     "growthring.adapters.start_from_activations(model, batches) before the first forward pass, or load a saved "
     "adapter",
-    "unloaded": "was made without values (low_cpu_mem_usage=True, or a weight on the meta device) and its A0 and B0 were "
-    "not loaded; load a whole saved adapter, or make it from weights that are there",
+    "unloaded": "was made without values (low_cpu_mem_usage=True, or a weight on the meta device) and its A0 and B0 "
+    "were not loaded; load a whole saved adapter, or make it from weights that are there",
 }
 
 
