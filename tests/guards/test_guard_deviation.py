@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
 import pytest
 import torch
 from deviation_helpers import KINDS, TARGETS, farthest, net, trainable, values
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import growthring as gr
 from growthring.adapters import LargoConfig
-from growthring.errors import ConfigError, GuardError
-from growthring.guards.deviation import HEADS, anchors_of, deltas, find_deviations, inner, lengths
+from growthring.errors import ConfigError, GuardError, NumericalError
+from growthring.guards.deviation import HEADS, anchors_of, find_deviations, inner
 from growthring.guards.hyper import HyperAdam
 
 
@@ -132,18 +133,6 @@ def test_known_anchors_are_kept_and_zero_is_one():
         find_deviations(net("weight"), anchors={"0.weight": torch.zeros(9, 12)})
 
 
-@pytest.mark.parametrize("kind", ["delta", "product", "lora", "weight"])
-def test_lengths_and_deltas_are_those_of_the_tensors(kind):
-    model = net(kind)
-    start = values(model)
-    found = find_deviations(model)
-    shake(model)
-    names = [t.name for d in found for t in d.tensors]
-    wanted = [dict(trainable(model))[n].detach() - start[n] for n in names]
-    assert lengths(found).tolist() == pytest.approx([float(w.norm()) for w in wanted])
-    assert all(torch.equal(a, b) for a, b in zip(deltas(found), wanted, strict=True))
-
-
 def test_heads_are_left_out_by_name():
     model = Zoo()
     names = {t.name for d in find_deviations(model) for t in d.tensors}
@@ -184,6 +173,32 @@ def test_tied_weights_count_once():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     model[1].weight = model[0].weight
     assert [d.name for d in find_deviations(model)] == ["0.weight"]
+
+
+def test_an_injected_adapter_that_moves_the_base_starts_at_no_distance():
+    """PEFT without a PeftModel around: the start of PiSSA is known from the model's own configuration."""
+    base = net("weight", dtype=torch.float32)
+    found = []
+    for start in (True, "pissa"):
+        config = LoraConfig(r=3, lora_alpha=3, init_lora_weights=start, target_modules=TARGETS)
+        found.append(find_deviations(inject_adapter_in_model(config, copy.deepcopy(base))))
+    plain, moved = found
+    assert all(d.b0 is None for d in plain)
+    assert all(d.b0 is not None for d in moved)
+    assert all(d.frobenius() == 0.0 for d in plain + moved)
+
+
+@pytest.mark.parametrize("kind", ["delta", "product", "lora", "weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_has_no_distance(kind, value):
+    model = net(kind)
+    start = values(model)
+    found = find_deviations(model)
+    with torch.no_grad():
+        list(trainable(model).values())[-1].flatten()[0] = value
+    for measure in (found[-1].frobenius, found[-1].spectral, lambda: gr.deviation(model, start)):
+        with pytest.raises(NumericalError, match="has NaN or infinity in it"):
+            measure()
 
 
 def test_frozen_factors_do_not_train_but_count():

@@ -204,6 +204,28 @@ def test_a_tensor_without_a_gradient_rests():
     assert bool((guard._adam.count > count).any())
 
 
+def test_sparse_gradients_count_as_dense_ones():
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 4, sparse=sparse).double())
+        guard, optimizer = Directional(0.01, weight=0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+        guard.attach(model)
+        guard.begin_task()
+        guard.bind(optimizer)
+        guard._omega.fill_(0.9)
+        for step in range(6):
+            optimizer.zero_grad()
+            model(torch.tensor([0, 1, 1, step])).sin().sum().backward()
+            guard.before_step()
+            optimizer.step()
+            guard.after_step()
+        ends.append((values(model), guard.strengths()))
+    assert farthest(ends[0][0], ends[1][0]) < 1e-12
+    assert ends[0][1] == pytest.approx(ends[1][1])
+    assert 0 < max(ends[1][1].values()) < 0.9  # it learned
+
+
 def test_rates_follow_the_optimizers_groups():
     model, guard = net("weight"), Directional(0.3)
     groups = [{"params": [model[0].weight], "lr": 0.1}, {"params": [model[2].weight], "lr": torch.tensor(0.2)}]

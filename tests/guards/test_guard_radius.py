@@ -179,18 +179,35 @@ def test_an_infinite_radius_is_the_plain_optimizer_bit_for_bit(kind, optimizer):
     assert all(d.bound is None and d.kept is None for d in certificate.deviations)
 
 
-def test_deltas_with_an_infinite_radius_are_pissa():
-    """In delta, in residual form, and by hand: the factors of a start from the singular vectors."""
-    delta, residual = net("delta", r=2), net("residual", r=2)
-    for name, layer in ((n, m) for n, m in delta.named_modules() if hasattr(m, "largo_B")):
-        other = residual.get_submodule(name)
-        layer.scaling = dict(other.scaling)
-        for held in ("largo_A0", "largo_B0"):
-            getattr(layer, held)["default"] = getattr(other, held)["default"].clone()
-        layer.largo_unit = dict(other.largo_unit)
-    for model in (delta, residual):
-        train(model, Radius(fixed=float("inf")), steps=10)
-    assert farthest(values(delta), values(residual)) < 1e-12
+class Factored(nn.Module):
+    """``W_res x + bias + s B A x`` with factors that train, as PiSSA has it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        base, a, b = layer.get_base_layer(), layer.largo_A0["default"], layer.largo_B0["default"]
+        self.scale = layer.scaling["default"]
+        self.rest, self.bias = base.weight.detach() - self.scale * b @ a, base.bias.detach()
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.rest, self.bias) + self.scale * x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["delta", "minor", "residual"])
+def test_deltas_with_an_infinite_radius_are_factors_that_start_at_singular_vectors(kind, optimizer):
+    model, like = net(kind), net(kind)
+    layers = [m for m in like.modules() if hasattr(m, "largo_B")]
+    first, second, third = (Factored(layer) for layer in layers)
+    plain = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third)
+    train(model, Radius(fixed=float("inf")), optimizer, steps=10)
+    train(plain, (), optimizer, steps=10)
+    moved = [m for m in model.modules() if hasattr(m, "largo_B")]
+    for layer, one in zip(moved, (first, second, third), strict=True):
+        a, b = layer.largo_A["default"].weight, layer.largo_B["default"].weight
+        assert torch.allclose(layer.largo_A0["default"] + a, one.a, rtol=0, atol=1e-11)
+        assert torch.allclose(layer.largo_B0["default"] + b, one.b, rtol=0, atol=1e-11)
+        assert float(a.detach().norm()) > 1e-3
 
 
 @pytest.mark.parametrize("fixed", [0.05, 0.3])
@@ -251,6 +268,16 @@ def test_the_projection_brings_nothing_farther_apart():
         ends.append((before, p.detach()))
     (a0, a1), (b0, b1) = ends
     assert float((a1 - b1).norm()) <= float((a0 - b0).norm())
+
+
+def test_rows_of_shards_have_the_balls_of_their_own_rows(monkeypatch):
+    """The last ranks of two tensors may hold as many rows each, from different rows on."""
+    one, two = (nn.Parameter(torch.ones(2, 3, dtype=torch.float64)) for _ in range(2))
+    begins = {id(one): 3, id(two): 6}
+    monkeypatch.setattr(balls_module.shards, "offset", lambda tensor: begins[id(tensor)])
+    parts = [balls_module.Part(one, 0, along="rows"), balls_module.Part(two, 5, along="rows")]
+    sizes = balls_module.Balls(parts, 13).sizes()
+    assert sizes.nonzero().flatten().tolist() == [3, 4, 11, 12]
 
 
 # --- locality -----------------------------------------------------------------------------------------------------
@@ -563,6 +590,31 @@ def test_adapters_on_an_embedding_and_a_convolution(adapter, granularity):
     assert certificate.kept is True
     if adapter == "lora" and granularity != "component":
         assert all(d.frobenius <= 1e-2 * (1 + 1e-5) for d in certificate.deviations)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_one_factor_of_a_convolution_with_channels_last(factor):
+    """Its matrix is a copy, so it is written back."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    model = model.double().to(memory_format=torch.channels_last)
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    for p in trainable(model).values():
+        p.requires_grad = p is getattr(layer, factor)["default"].weight
+    guard = Radius(fixed=0.05)
+    guard.attach(model)
+    guard.begin_task()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+        guard.before_step()
+        optimizer.step()
+        guard.after_step()
+    (deviation,) = guard.end_task("one").deviations
+    assert deviation.frobenius == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("form", ["delta", "product"])

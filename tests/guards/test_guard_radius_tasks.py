@@ -240,6 +240,22 @@ def test_it_binds_beside_pegp():
     assert ends[1] < 0.7 * ends[0]
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_beside_a_loaded_pegp_it_needs_its_own_memory(saved, tmp_path):
+    """A new one takes its first task for the first of all; PEGP's certificate says so."""
+    pegp, radius = PEGP(energy=1.0, samples=64), Radius(mu=0.05)
+    model = wide("delta")
+    learn(model, [pegp, radius], MAKE["adamw"](model), 0)
+    for guard in (pegp, radius):
+        guard.end_task("0", [rows(0)])
+        guard.save_pretrained(tmp_path / guard.name)
+    pegp = PEGP.load_pretrained(tmp_path / "pegp")
+    radius = Radius.load_pretrained(tmp_path / "radius") if saved else Radius(mu=0.05, first=0.1)
+    learn(model, [pegp, radius], MAKE["adamw"](model), 1, steps=40)
+    assert radius.end_task("1").kept is True
+    assert pegp.end_task("1", [rows(1)]).kept is saved
+
+
 def test_gradient_memory_and_radius():
     memory, radius = GradientMemory(energy=0.9), Radius()
     _, found, _ = stream("delta", [memory, radius], MAKE["adamw"])
@@ -360,6 +376,20 @@ def test_another_model_is_another_beginning():
     assert all(torch.equal(guard._anchors[name], start[name]) for name in start)
 
 
+def test_a_state_of_another_model_is_refused(tmp_path):
+    model, guard = net("weight"), Radius()
+    train(model, guard, steps=2)
+    guard.end_task("one")
+    guard.save_pretrained(tmp_path)
+    other = nn.Sequential()
+    other.body = net("weight")
+    loaded, said = Radius.load_pretrained(tmp_path), r"6 of them are not in this model \(the first: 0\.weight"
+    with pytest.raises(GuardError, match=said):
+        loaded.attach(other)
+    with pytest.raises(GuardError, match=said):
+        Radius.load_pretrained(tmp_path, other)
+
+
 # --- wrapped models, several adapters, a Trainer --------------------------------------------------------------------
 
 
@@ -429,6 +459,19 @@ def test_it_explains_every_tensor():
     lora = {p.name: p for p in guard.explain(net("lora"))}
     assert "scaled" in lora["base_model.model.0.lora_A.default.weight"].why
     assert not lora["base_model.model.0.lora_B.default.weight"].why
+
+
+def test_it_explains_the_task_under_way():
+    """A new adapter in a later task: its ball is that of the product, before it has moved and after."""
+    model, guard = net("lora"), Radius()
+    train(model, guard, steps=3)
+    guard.end_task("one")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=TARGETS))
+    model.double().set_adapter("b")
+    before = guard.explain(model)
+    train(model, guard, steps=3)
+    assert guard.explain() == before
+    assert all("||s dB A||_F from where the task began" in p.condition for p in before)
 
 
 @pytest.mark.parametrize(
@@ -507,6 +550,21 @@ def test_an_anchor_of_zero_has_no_unit():
     guard.attach(model)
     with pytest.raises(GuardError, match=r"1 balls are around zero \(the first: 0.bias\)"):
         guard.begin_task()
+
+
+def test_attention_with_one_weight_for_three_has_no_unit():
+    base = nn.Sequential()
+    base.attention = nn.MultiheadAttention(8, 2)
+    guard = Radius(unit="anchor")
+    guard.attach(get_peft_model(base, LoraConfig(r=2, target_modules=["attention"])))
+    with pytest.raises(GuardError, match=r"attention\.default has no single weight.*unit='step'"):
+        guard.begin_task()
+
+
+def test_no_bound_is_kept_on_disk(tmp_path):
+    guard = Radius(fixed=float("inf"))
+    guard.save_pretrained(tmp_path)
+    assert Radius.load_pretrained(tmp_path).fixed == math.inf
 
 
 def test_the_settings_are_those_of_the_constructor():

@@ -575,6 +575,23 @@ def test_narrow_weights_work_in_float32(name, dtype):
     assert all(math.isfinite(one.frobenius) for one in certificate.deviations)
 
 
+@pytest.mark.parametrize("norm", ["rows", "tensor"])
+def test_one_row_outside_its_radius_breaks_the_promise(norm):
+    model = mlp(DOUBLE)
+    guard = FTP(norm=norm)
+    guard.attach(model)
+    train(model, guard)
+    assert guard.end_task("one").kept
+    name, weight = next((n, p) for n, p in model.named_parameters() if p.ndim == 2)
+    with torch.no_grad():  # one row alone is 1.5 radii away: the whole is still less than radius * sqrt(rows)
+        weight.copy_(guard.state_dict()["anchors"][name])
+        weight[0, 0] += 1.5 * guard.radii[name]
+    certificate = guard.end_task("two")
+    (broken,) = [one for one in certificate.deviations if one.kept is False]
+    assert broken.name == name
+    assert certificate.kept is False
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_odd_shapes(name):
     class Odd(nn.Module):

@@ -14,7 +14,7 @@ from growthring.errors import ConfigError, GuardError
 
 from . import shards, storage
 from .base import Certificate, DeviationCertificate, Guard
-from .deviation import HEADS, Anchored, Deviation, find_deviations
+from .deviation import HEADS, Anchored, Deviation, find_deviations, inner
 from .hyper import hyper_dtype
 from .plan import HOLE, TensorPlan, Treatment
 from .site import original_name
@@ -70,7 +70,7 @@ class AnchoredGuard(Guard):
             ConfigError: If ``exclude`` is no regular expression.
             GuardError: If nothing but what is excluded trains, or a loaded state is about another model.
         """
-        if self._model is not None and _inner(self._model) is not _inner(model):
+        if self._model is not None and inner(self._model) is not inner(model):
             self._starts = {}
             self._renew()
         names = {original_name(n) for n, _ in model.named_parameters()}
@@ -202,7 +202,7 @@ class AnchoredGuard(Guard):
         total = math.sqrt(sum(one.frobenius**2 for one in deviations))
         broken = [one.name for one in deviations if one.kept is False]
         notes = [
-            f"the whole model is {total:.4g} from where it started (Frobenius norm over {len(deviations)} layers)",
+            f"what trained is {total:.4g} from where it started (Frobenius norm over {len(deviations)} layers)",
             *notes,
         ]
         if broken:
@@ -238,14 +238,20 @@ class AnchoredGuard(Guard):
         bound, kept = None, None
         if deviation.kind == "weight" and own:
             (only,) = deviation.tensors
-            shape, dtype = only.parameter.shape, only.parameter.dtype
+            shape = only.parameter.shape
             rows = shape[0] if len(shape) > 1 and self.norm == "rows" else 1
-            bound = own[0] * math.sqrt(rows)
-            eps = torch.finfo(dtype).eps
-            kept = frobenius <= bound * (1 + 64 * eps) + eps * float(
-                shards.whole(only.parameter.detach()).double().norm()
-            )
+            bound, kept = own[0] * math.sqrt(rows), self._inside(only, own[0])
         return DeviationCertificate(deviation.name, deviation.kind, frobenius, deviation.spectral(), bound, own, kept)
+
+    def _inside(self, one: Anchored, radius: float) -> bool:
+        """Whether every row, or the whole tensor, is within its radius, up to the rounding of its dtype."""
+        now = shards.whole(one.parameter.detach())
+        now, eps = now.to(hyper_dtype(now.device)), torch.finfo(now.dtype).eps
+        delta = now if one.anchor is None else now - shards.whole(one.anchor).to(now)
+        far, size = (
+            rows_of(t).abs().sum(1) if self.norm == "rows" else torch.linalg.vector_norm(t) for t in (delta, now)
+        )
+        return bool((far <= radius * (1 + 64 * eps) + eps * size).all())
 
 
 def check_number(who: str, name: str, value: Any, *, least: float = 0.0, most: float = float("inf")) -> float:
@@ -326,14 +332,3 @@ def norms_of(tensors: Sequence[Anchored], deltas: Sequence[Tensor], norm: str) -
 def _start(one: Anchored) -> Tensor:
     assert one.anchor is not None
     return one.anchor
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model inside DDP's and ``torch.compile``'s wrappers."""
-    while True:
-        inside = getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        )
-        if not isinstance(inside, nn.Module):
-            return model
-        model = inside

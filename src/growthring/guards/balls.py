@@ -60,6 +60,10 @@ class Part:
             tensor = tensor.flatten(1)
         return tensor.mT if self.transposed else tensor
 
+    def placed(self, value: Tensor) -> Tensor:
+        """What :meth:`read` gives, shaped as this rank's part of the parameter."""
+        return (value.mT if self.transposed else value).reshape(shards.local(self.parameter).shape)
+
     def other(self) -> Tensor:
         """All of ``N``, ``(r, n)``."""
         assert self.partner is not None
@@ -159,7 +163,10 @@ class Balls:
         return Seen(stacks, [None] * len(stacks), empty, empty)
 
     def lean(self, seen: Seen, by: Tensor) -> None:
-        """``g <- g + by (F - origin)`` in every gradient that is there, of tensors that lie in one ball each."""
+        """``g <- g + by (F - origin)`` in every gradient that is there, of tensors that lie in one ball each.
+
+        A sparse gradient becomes a dense one: what is added is not sparse.
+        """
         for stack, f in zip(self._stacks, seen.moved, strict=True):
             stack.lean(f, by)
 
@@ -206,8 +213,9 @@ class _Stack:
             self.index = starts
         else:
             axis = 0 if self.along == "rows" else -1
-            begins = shards.offset(first.parameter) if axis == 0 else 0
-            self.index = starts.unsqueeze(1) + begins + torch.arange(local.shape[axis])
+            if axis == 0:  # parts of one size may begin at different rows of their tensors
+                starts += torch.tensor([shards.offset(p.parameter) for p in parts])
+            self.index = starts.unsqueeze(1) + torch.arange(local.shape[axis])
         self.index = self.index.to(local.device)
         self._scale = torch.tensor([p.scale**2 for p in parts], dtype=self._dtype, device=local.device)
         self._origin: Tensor | None = None
@@ -234,6 +242,9 @@ class _Stack:
 
     def lean(self, f: Tensor, by: Tensor) -> None:
         """See :meth:`Balls.lean`."""
+        for part in self.parts:
+            if part.parameter.grad is not None and part.parameter.grad.is_sparse:
+                part.parameter.grad = part.parameter.grad.to_dense()
         factors = by.to(self.index.device)[self.index].to(self._dtype)
         moves = (f * factors.view(-1, *[1] * (f.ndim - 1))).unbind()
         both = zip((p.parameter.grad for p in self.parts), self.parts, moves, strict=True)
@@ -265,15 +276,16 @@ class _Stack:
     def scale(self, ratio: Tensor) -> None:
         """See :meth:`Balls.scale`."""
         by = ratio.to(self.index.device)[self.index].to(self._dtype)
-        parameters = [p.read(p.parameter) for p in self.parts]
-        f = torch.stack(parameters).to(self._dtype)
+        places = [shards.local(p.parameter.detach()) for p in self.parts]
+        f = torch.stack([p.read(p.parameter) for p in self.parts]).to(self._dtype)
         shape = [len(self.parts)] + [1] * (f.ndim - 1)
         if self.along != "all":
             shape[1 if self.along == "rows" else -1] = by.shape[1]
         by = by.view(shape)
         new = f * by if self._origin is None else torch.lerp(self._origin, f, by.expand_as(f))
         new = torch.where(by < 1.0, new, f)  # NaN of a broken step stays what it is
-        torch._foreach_copy_(parameters, list(new.to(parameters[0].dtype).unbind()))
+        new = new.to(places[0].dtype)
+        torch._foreach_copy_(places, [part.placed(value) for part, value in zip(self.parts, new, strict=True)])
 
     def _others(self) -> Tensor:
         return torch.stack([p.other() for p in self.parts]).to(self._dtype)

@@ -101,8 +101,8 @@ class Certificate:
         held: Trainable tensors that no site protects and that were therefore held at their old values.
         sites: One entry per protected tensor.
         notes: Sentences a reader should see.
-        deviations: How far layers are from the pretrained model, of guards that bound it; ``kept`` is then about these
-            bounds, from the first task on.
+        deviations: How far what trained is from the pretrained model, layer by layer, of guards that bound or learn
+            from it; ``kept`` is then about these bounds, from the first task on, and ``None`` without any.
     """
 
     guard: str

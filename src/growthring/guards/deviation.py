@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from growthring.errors import ConfigError, GuardError
+from growthring.errors import ConfigError, GuardError, NumericalError
 
 from . import shards
 from .site import original_name
@@ -34,10 +33,8 @@ __all__ = [
     "Anchored",
     "Deviation",
     "anchors_of",
-    "deltas",
     "find_deviations",
     "inner",
-    "lengths",
     "matcher",
     "pairs_of",
 ]
@@ -142,19 +139,29 @@ class Deviation:
 
     @torch.no_grad()
     def frobenius(self) -> float:
-        """``||D||_F``, measured in float64."""
+        """``||D||_F``, measured in float64.
+
+        Raises:
+            NumericalError: If ``D`` has NaN or infinity in it.
+        """
         values = self._values()
         return float(values.norm()) if values is not None else float(self._dense().norm())
 
     @torch.no_grad()
     def spectral(self) -> float:
-        """``||D||_2``, measured in float64; of a tensor that is no matrix, of ``(first, all others)``."""
+        """``||D||_2``, measured in float64; of a tensor that is no matrix, of ``(first, all others)``.
+
+        Raises:
+            NumericalError: If ``D`` has NaN or infinity in it.
+        """
         values = self._values()
         if values is None:
             dense = self._dense()
             if dense.ndim < 2:
                 return float(dense.norm())
-            values = torch.linalg.svdvals(dense.flatten(1)) if dense.numel() else dense.new_zeros(0)
+            rows = dense.flatten(1)
+            rows = rows if rows.shape[0] <= rows.shape[1] else rows.mT
+            values = torch.linalg.eigvalsh(rows @ rows.mT)[-1:].clamp_min(0.0).sqrt()  # an SVD takes ten times as long
         return float(values.max()) if values.numel() else 0.0
 
     def _values(self) -> Tensor | None:
@@ -162,13 +169,21 @@ class Deviation:
         pair = self.factors()
         if pair is None:
             return None
-        left, right = (torch.linalg.qr(_double(m)).R for m in (pair[0], pair[1].mT))
+        left, right = (torch.linalg.qr(self._finite(_double(m))).R for m in (pair[0], pair[1].mT))
         return torch.linalg.svdvals(left @ right.mT)
 
     def _dense(self) -> Tensor:
         (only,) = self.tensors
-        now = _double(shards.whole(only.parameter))
+        now = self._finite(_double(shards.whole(only.parameter)))
         return now if only.anchor is None else now - _double(shards.whole(only.anchor))
+
+    def _finite(self, values: Tensor) -> Tensor:
+        if not bool(values.isfinite().all()):
+            raise NumericalError(
+                f"{self.name} has NaN or infinity in it, so it is no distance from the pretrained model. Training "
+                "broke earlier: go back to a checkpoint, and take a smaller learning rate or clip gradients"
+            )
+        return values
 
 
 def find_deviations(
@@ -197,20 +212,6 @@ def find_deviations(
 def anchors_of(deviations: Sequence[Deviation]) -> dict[str, Tensor | None]:
     """Anchors by name, ``None`` for zero: to keep, and to hand to :func:`find_deviations` from then on."""
     return {tensor.name: tensor.anchor for deviation in deviations for tensor in deviation.tensors}
-
-
-def deltas(deviations: Sequence[Deviation]) -> list[Tensor]:
-    """``theta - anchor`` of every tensor of some deviations, in order: see :meth:`Anchored.delta`."""
-    return [tensor.delta() for deviation in deviations for tensor in deviation.tensors]
-
-
-@torch.no_grad()
-def lengths(deviations: Sequence[Deviation]) -> Tensor:
-    """Frobenius norms of :func:`deltas`, over all ranks, ``(tensors,)``; a few kernels and one all-reduce at most."""
-    tensors = [tensor for deviation in deviations for tensor in deviation.tensors]
-    found = torch._foreach_norm([tensor.delta() for tensor in tensors])
-    norms = torch.stack([norm.to(found[0].device) for norm in found])
-    return shards.add([t.parameter for t in tensors], norms.square()).sqrt()
 
 
 def pairs_of(model: nn.Module) -> list[Deviation]:
@@ -346,7 +347,8 @@ class _Finder:
     def _moves_base(self, adapter: str) -> bool:
         """True if the adapter's start is no start at zero: PiSSA, OLoRA and the like take it out of the base."""
         for module in self._model.modules():
-            config = module.peft_config.get(adapter) if isinstance(module, PeftModel) else None
+            configs = getattr(module, "peft_config", None)  # of a PeftModel, or of a model that PEFT was injected into
+            config = configs.get(adapter) if isinstance(configs, Mapping) else None
             if config is not None:
                 start = getattr(config, "init_lora_weights", True)
                 return isinstance(start, str) and start.lower() not in _WIDENED

@@ -59,9 +59,9 @@ def deviation(
 ) -> DeviationTable:
     """Measure how far a model is from the pretrained one: active LARGO-style adapters and LoRA, and plain weights.
 
-    The deviations of several active adapters on one layer are added up before they are measured. Adapters count with
-    the scale that they have now, so a scaled one (WiSE-FT's interpolation) is nearer. Nothing of the size of a weight
-    is made for adapters.
+    The deviations of several active adapters on one layer are added up before they are measured; they count while
+    they are disabled (``disable_adapter``) too. Adapters count with the scale that they have now, so a scaled one
+    (WiSE-FT's interpolation) is nearer. Nothing of the size of a weight is made for adapters.
 
     Args:
         model: Any module; adapters need not train. Not one with merged adapters.

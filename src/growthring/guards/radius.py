@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from .deviation import HEADS, Deviation, anchors_of, find_deviations, inner
 from .hyper import HyperAdam, hyper_dtype
 from .plan import TensorPlan
 from .radius_layout import GRANULARITIES, Layout, certify
+from .site import original_name
 
 __all__ = ["Radius"]
 
@@ -47,7 +48,8 @@ class Radius(Guard):
     Balls are around the pretrained model in the first task, and around where the task began in every later one, so
     that what earlier tasks learned is not shrunk; the distances add up, and certificates say to what. It goes with
     other guards: it only ever scales what the task under way has changed, so it stays in any subspace in which they
-    keep a task's change. List it last, so that it measures what they leave.
+    keep a task's change. List it last, so that it measures what they leave. Where another guard goes on with a
+    loaded memory, load the Radius that was saved beside it: to a new one all that is learned already is a first task.
 
     Args:
         mu: How fast radii move, above 0: with ``unit="step"`` the share of the free run's speed at which a ball may
@@ -62,8 +64,8 @@ class Radius(Guard):
         first: Share of its first step that a ball is made with, in (0, 1]. Default 0.5.
         betas: Of Adam on the radii. Default (0.9, 0.999).
         fixed: A constant radius for all balls in place of learned ones, at least 0: 0 keeps the pretrained weights
-            bit for bit, infinity lets them go. Default ``None``. The arguments above other than ``granularity`` then
-            play no part.
+            bit for bit, infinity (or ``"inf"``) lets them go. Default ``None``. The arguments above other than
+            ``granularity`` then play no part.
         exclude: Regular expression for names of tensors that no ball holds; default heads. ``None`` leaves out none.
 
     Raises:
@@ -90,7 +92,7 @@ class Radius(Guard):
         granularity: str = "factor",
         first: float = 0.5,
         betas: tuple[float, float] = (0.9, 0.999),
-        fixed: float | None = None,
+        fixed: float | Literal["inf"] | None = None,
         exclude: str | None = HEADS,
     ) -> None:
         for what, value, allowed in (("unit", unit, UNITS), ("granularity", granularity, GRANULARITIES)):
@@ -99,6 +101,7 @@ class Radius(Guard):
         _check("mu", mu, "above 0", lambda x: 0.0 < x < math.inf)
         _check("kappa", kappa, "in [0, 1]", lambda x: 0.0 <= x <= 1.0)
         _check("first", first, "in (0, 1]", lambda x: 0.0 < x <= 1.0)
+        fixed = math.inf if fixed == "inf" else fixed
         if fixed is not None:
             _check("fixed", fixed, "at least 0 (or None: learned radii)", lambda x: x >= 0.0)
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -124,9 +127,12 @@ class Radius(Guard):
         beginning: nothing of the one before is kept.
 
         Raises:
-            GuardError: If nothing trainable can deviate, or a task under way was about other tensors.
+            GuardError: If nothing trainable can deviate, a task under way was about other tensors, or a loaded state
+                is about another model.
         """
-        if self._model is not None and inner(model) is not inner(self._model):
+        if self._model is None:
+            self._check_names(model)
+        elif inner(model) is not inner(self._model):
             self.tasks, self._anchors, self._task = [], {}, None
         self._deviations = find_deviations(model, self.exclude, self._anchors)
         self._model = model
@@ -144,6 +150,8 @@ class Radius(Guard):
             GuardError: If there is neither, or the model has nothing that can deviate.
         """
         model = model if model is not None else self._attached()
+        if self._task is not None and model is self._model:
+            return self._task.layout.plans(model)
         found = find_deviations(model, self.exclude, self._anchors)
         now = {t.name: t.parameter.detach() for d in found for t in d.tensors}
         return Layout(found, self.granularity, now if self.tasks else None).plans(model)
@@ -213,9 +221,7 @@ class Radius(Guard):
         task = task or f"task-{index + 1}"
         deviations = certify(ending.layout, ending.radii().tolist(), ending.reach.tolist())
         total = math.sqrt(sum(d.frobenius**2 for d in deviations))
-        notes = [
-            f"the whole model is {total:.4g} from where it started (Frobenius norm over {len(deviations)} layers)"
-        ]
+        notes = [f"what trained is {total:.4g} from where it started (Frobenius norm over {len(deviations)} layers)"]
         broken = [d.name for d in deviations if d.kept is False]
         if broken:
             notes.append(f"{len(broken)} layers are outside their bounds (the first: {broken[0]})")
@@ -240,7 +246,9 @@ class Radius(Guard):
         )
 
     def radii(self) -> dict[str, tuple[float, ...]]:
-        """The radii of the task under way by ball, one number or one a component; 0 for what has not moved yet.
+        """The radii of the task under way by ball, one number or one a component.
+
+        Of what has not moved in this task, how far from the ball's centre it is: 0, but for a loaded adapter.
 
         Raises:
             GuardError: If no task is under way.
@@ -268,9 +276,10 @@ class Radius(Guard):
         return storage.restore(cls, cls.name, Path(folder), model)
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values."""
-        names = ("mu", "kappa", "unit", "granularity", "first", "fixed", "exclude")
-        return {name: getattr(self, name) for name in names} | {"betas": list(self.betas)}
+        """The constructor's arguments as plain values, which JSON can hold."""
+        names = ("mu", "kappa", "unit", "granularity", "first", "exclude")
+        fixed = "inf" if self.fixed == math.inf else self.fixed
+        return {name: getattr(self, name) for name in names} | {"betas": list(self.betas), "fixed": fixed}
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors and, inside a task, radii with their moments: tensors and plain values only.
@@ -297,8 +306,9 @@ class Radius(Guard):
                 "this state was taken inside a task: attach(model) first, or give load_pretrained the model"
             )
         self.tasks, self._anchors, self._task = list(state["tasks"]), dict(state["anchors"]), None
-        if self._model is not None:
-            self.attach(self._model)
+        model, self._model = self._model, None
+        if model is not None:
+            self.attach(model)
             if "under_way" in state:
                 self._task = self._begin(state["under_way"]["origins"], state["under_way"])
 
@@ -310,6 +320,16 @@ class Radius(Guard):
                 "Radius is not attached: call guard.attach(model), or pass guard.callback() to the Trainer"
             )
         return self._model
+
+    def _check_names(self, model: nn.Module) -> None:
+        """Refuse anchors of weights that a model has not; LoRA's may be gone, merged with their task."""
+        names = {original_name(n) for n, _ in model.named_parameters()}
+        plain = [n for n, anchor in self._anchors.items() if anchor is not None and ".lora_" not in n]
+        if missing := [n for n in plain if n not in names]:
+            raise GuardError(
+                f"Radius: the state is about {len(self._anchors)} tensors, and {len(missing)} of them are not in this "
+                f"model (the first: {missing[0]}). Attach it to the model it was made with"
+            )
 
     def _under_way(self, caller: str) -> _Task:
         if self._task is None:

@@ -61,8 +61,14 @@ class _Slot:
         """What the ball is around, in the shape of the parameter; of a product, the base weight."""
         d = self.deviation
         if self.product:
-            base: Any = d.layer
-            return shards.whole(base.get_base_layer().weight.detach())
+            layer: Any = d.layer
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            if weight is None:
+                raise GuardError(
+                    f"Radius(unit='anchor'): the layer under {d.name} has no single weight whose norm could be the "
+                    "unit; take unit='step'"
+                )
+            return shards.whole(weight.detach())
         found: Tensor | None = self.tensor.anchor
         if d.kind == "largo":
             found = d.b0 if self.tensor.parameter is d.b else d.a0
