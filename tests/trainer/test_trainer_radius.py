@@ -9,6 +9,7 @@ from trainer_helpers import differing, stream_of, weights
 
 import growthring as gr
 from growthring.adapters import LargoConfig
+from growthring.errors import ConfigError
 from growthring.guards import CANDIDATES
 from growthring.report import promise_kept
 
@@ -60,3 +61,10 @@ def test_trials_of_an_energy_leave_no_trace(build, guard):
     assert differing(weights(trainer), weights(other)) == []
     assert run.matrix == other_run.matrix
     assert run.certificates[-1].deviations == other_run.certificates[-1].deviations
+
+
+@pytest.mark.parametrize("bound", [gr.Radius, gr.FTP])
+def test_a_blend_with_a_free_training_is_refused_where_distances_are_bounded(build, bound):
+    with pytest.raises(ConfigError, match="merge > 0"):
+        build(stream_of(2), guards=[gr.PEGP(energy=0.9, merge=0.5), bound()])
+    build(stream_of(2), guards=[gr.PEGP(energy=0.9), bound()])

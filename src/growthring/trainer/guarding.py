@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from growthring.errors import ConfigError
-from growthring.guards import PEGP, FreshLoRA, Guard, GuardCallback
+from growthring.guards import FTP, PEGP, FreshLoRA, Guard, GuardCallback, Radius
 from growthring.streams import TaskStream
 
 __all__ = ["check_one_pass", "explain", "guard_callbacks", "merge_weight", "prepares", "undecided"]
@@ -55,7 +55,7 @@ def merge_weight(guards: Sequence[Guard]) -> float:
     """The weight of a free training in what a task leaves behind: the ``merge`` of the one guard that has any.
 
     Raises:
-        ConfigError: If several guards ask for one.
+        ConfigError: If several guards ask for one, or one beside guards that bound how far weights move.
     """
     weights = [(guard.name, getattr(guard, "merge", 0.0)) for guard in guards]
     # True and False are no weights: FreshLoRA says by them whether it merges branches
@@ -65,6 +65,12 @@ def merge_weight(guards: Sequence[Guard]) -> float:
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise ConfigError(f"the guards {names} all have merge > 0; one of them can merge")
+    bounds = [guard.name for guard in guards if isinstance(guard, FTP | Radius)]
+    if found and bounds:
+        raise ConfigError(
+            f"the guard {found[0][0]} has merge > 0, which blends in a training without guards, and {bounds[0]} bounds "
+            "how far weights move: the blend would lie outside. Leave merge at 0, or drop the other guard"
+        )
     return found[0][1] if found else 0.0
 
 

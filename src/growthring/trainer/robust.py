@@ -254,6 +254,8 @@ class RobustTrainer:
         return self._between.deviation()
 
     def _encoded(self, sets: Sets, split: str) -> dict[str, EncodedSplit]:
+        if isinstance(sets, EvaluationSet | Task | str):
+            raise ConfigError(f"sets: give a list of sets or a mapping of names, got one {type(sets).__name__}")
         named = list(sets.values()) if isinstance(sets, Mapping) else list(sets)
         own = self._trainer._data[0]
         if split not in own:
