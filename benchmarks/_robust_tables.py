@@ -31,9 +31,12 @@ TITLES: Mapping[str, str] = {
     "largo-f-minor": "LARGO-F, minor",
     "largo-p": "LARGO-P, principal",
     "largo-p-activation": "LARGO-P, activation",
+    "lora-outside": "LoRA kept out of general text",
     "largo-d": "LARGO-D, principal",
 }
+READINGS = ("largo-f", "largo-f-minor", "largo-p", "largo-p-activation", "largo-d")
 
+BENCHES = ("sentiment", "topics", "emoji")
 Point = tuple[float, float]
 
 
@@ -201,20 +204,45 @@ def _percent(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
+def verdicts(stored: Stored) -> str:
+    """How each method stands to the frontier, bench by bench, and what its choice is by."""
+    benches = {name: Bench(stored, name) for name in BENCHES}
+    if not any(bench.finals for bench in benches.values()):
+        return not_yet(QUALITY)
+    about = next(line for line in stored.lines(QUALITY[0]) if line["phase"] == "about")
+    body = []
+    for method, title in TITLES.items():
+        found = {name: bench.chosen(method) for name, bench in benches.items()}
+        cells = []
+        for name, runs in found.items():
+            heights = benches[name].heights(runs)
+            cells.append(f"{spread(heights, sign=True)}, {_verdict(heights)}" if heights else NONE)
+        scores = [score(r) for name in about["development"] for r in found[name]]
+        body.append([title, *cells, f"{100 * statistics.fmean(scores):.1f}" if scores else NONE])
+    head = ("method", *(f"above the frontier, {name}" for name in BENCHES), "development score")
+    more = "Development score: ID validation plus OOD mean, halved, over the development benches; percent. "
+    return f"{grid(head, body)}\n\n{origin(QUALITY, about['machine'], more)}"
+
+
+def score(run: Json) -> float:
+    """What the default reading is chosen by, of one run on a development bench."""
+    return (place(run)["id_validation"] + at(run)[1]) / 2
+
+
 ROBUST_TABLES: Mapping[str, Callable[[Stored], str]] = {
     "robust-sentiment": quality("sentiment"),
     "robust-topics": quality("topics"),
     "robust-emoji": quality("emoji"),
+    "robust-verdicts": verdicts,
     "largo-step": steps,
     "largo-svd": decompositions,
 }
-BENCHES = ("sentiment", "topics", "emoji")
 
 
 def robust_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None]]:
     """Rows for the page of claims."""
     rows: list[tuple[str, tuple[str, str], str | None]] = []
-    for method in ("largo-f", "largo-f-minor", "largo-p", "largo-p-activation", "largo-d"):
+    for method in READINGS:
         words = []
         for name in BENCHES:
             bench = Bench(stored, name)

@@ -33,11 +33,11 @@ from growthring.streams import EvaluationSet, Task
 
 POOL_SEED = 0
 SIZES: Mapping[str, Size] = {
-    "sentiment": Size(1200, 600, 1000, 2, 16, 40),
-    "topics": Size(1200, 600, 1000, 2, 16, 40),
-    "emoji": Size(600, 300, 600, 2, 16, 70),
+    "sentiment": Size(800, 400, 800, 2, 16, 32),
+    "topics": Size(800, 400, 800, 2, 16, 32),
+    "emoji": Size(500, 200, 400, 2, 16, 70),
 }
-OTHER_ROWS = 600
+OTHER_ROWS = 400
 """Test rows of every other domain, where there are as many."""
 DEVELOPMENT = ("sentiment", "topics")
 SENTIMENT = {"neg": "negative opinion: bad", "pos": "positive opinion: good"}
@@ -204,6 +204,14 @@ def _posts(sources: Sources) -> Rows:
 def _entries(data: Path) -> Rows:
     rows = _json_lines(data / "dbpedia" / "test.jsonl.gz")
     return [(row["text"], ENTRIES[row["label"]]) for row in rows if row["label"] in ENTRIES]
+
+
+def general_texts(name: str, sources: Sources, count: int = 256) -> list[str]:
+    """Texts of no domain of a text bench: news and encyclopedia for opinions, reviews for topics."""
+    assert sources.data is not None
+    folders = {"sentiment": ("ag_news", "dbpedia"), "topics": ("amazon_reviews", "sst2")}[name]
+    rows = [_json_lines(sources.data / folder / "train.jsonl.gz")[: count // 2] for folder in folders]
+    return [row["text"] for pair in zip(*rows, strict=True) for row in pair]
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Method:
         guard: Makes the guard from its strength; ``None`` without one.
         strengths: Strengths that are tried; of most guards one of their parameters.
         scratch: The head starts at random.
+        general: The guard first learns texts of other kinds, as if they were a task before this one.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Method:
     guard: Callable[[Any], guards.Guard] | None = None
     strengths: tuple[float | None, ...] = (None,)
     scratch: bool = False
+    general: bool = False
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -75,6 +77,13 @@ METHODS: Mapping[str, Method] = {
     "largo-p": Method("LARGO-P, principal", {"form": "product"}, lambda mu: guards.Radius(mu), MUS),
     "largo-p-activation": Method(
         "LARGO-P, activation", {"form": "product", "init": "activation"}, lambda mu: guards.Radius(mu), MUS
+    ),
+    "lora-outside": Method(
+        "LoRA kept out of general text",
+        "lora",
+        lambda energy: guards.PEGP(energy=energy, unprotected="allow", kinds=("lora_A", "lora_B"), probes=0),
+        (0.5, 0.9),
+        general=True,
     ),
     "largo-d": Method("LARGO-D, principal", {"form": "delta"}, lambda mu: guards.Directional(mu), (1e-2, 1e-1)),
 }

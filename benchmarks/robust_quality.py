@@ -85,19 +85,33 @@ def trainer(job: Job, sources: data.Sources) -> RobustTrainer:
             module.weight.requires_grad_(True)
     arguments = training_arguments(job, size)
     arguments.weight_decay = 0.0  # none of these methods shrinks weights toward zero
+    guards = [method.guard(job.setting.energy)] if method.guard is not None else []
     set_seed(job.seed)
-    return RobustTrainer(
+    made = RobustTrainer(
         encoder,
         task,
         start="scratch" if method.scratch else "probe",
         adapter=methods.adapter(method, list(linear)),
-        guards=[method.guard(job.setting.energy)] if method.guard is not None else [],
+        guards=guards,
         args=arguments,
         seed=job.seed,
         method=job.cell.method,
         evaluate_test=False,
         **options,
     )
+    if method.general:
+        texts = data.general_texts(job.cell.stream, sources)
+        tokens = options["tokenizer"](
+            texts, truncation=True, max_length=size.length, padding=True, return_tensors="pt"
+        )
+        rows = range(0, len(texts), 32)
+        names = ("input_ids", "attention_mask")
+        batches = [{name: tokens[name][i : i + 32] for name in names} for i in rows]
+        for guard in guards:
+            guard.attach(made.model)
+            guard.begin_task("general")
+            guard.end_task("general", batches)
+    return made
 
 
 def run(job: Job, sources: data.Sources) -> dict[str, Any]:
@@ -167,7 +181,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(asked.workers, mp_context=context) as pool:
         for bench in benches:
-            cells = [Cell(bench, name) for name in asked.methods]
+            images = bench == "emoji"  # of which there are none of another kind
+            cells = [Cell(bench, name) for name in asked.methods if not (images and methods.METHODS[name].general)]
             while jobs := search_jobs(cells, book, following):
                 if not work(jobs, book, measure, pool, deadline):
                     return

@@ -41,7 +41,7 @@ def sweep(tmp_path, tiny_encoder):
     return write
 
 
-def test_a_sweep_says_what_it_does_and_leaves_a_page(cli, sweep, tmp_path):
+def test_a_sweep_says_what_it_does_and_leaves_a_page(cli, refused, sweep, tmp_path):
     result = cli("robust", sweep(), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
     assert "1/2 train sequential-lora (learning_rate 0.001, seed 0)" in result.stderr
@@ -52,6 +52,7 @@ def test_a_sweep_says_what_it_does_and_leaves_a_page(cli, sweep, tmp_path):
     again = cli("robust", sweep(), "--out", tmp_path / "run", "--quiet")
     assert again.stdout == result.stdout
     assert again.stderr == ""
+    assert "a robustness sweep, not a run; its page is report.html" in refused("report", tmp_path / "run")
 
 
 def test_json_is_json_and_nothing_else(cli, sweep, tmp_path):

@@ -67,6 +67,14 @@ def test_the_frontier_is_above_every_mixture_and_touched_by_its_points():
         assert set(baseline.corners) <= set(points)
 
 
+def test_a_point_on_the_frontier_is_not_above_it():
+    baseline = frontier([(0.1, 0.7), (0.4, 0.6), (0.7, 0.1)])
+    rounding = 0.1 + 0.2 + 0.3 - 1e-17  # a mean over seeds may be a last digit off
+    assert rounding > 0.6
+    assert effective_robustness((0.4, rounding), baseline) == 0.0
+    assert effective_robustness((0.4, 0.6 + 1e-9), baseline) > 0
+
+
 def test_points_without_what_a_frontier_needs():
     with pytest.raises(DataError, match="at least one baseline point"):
         frontier([])
@@ -112,7 +120,7 @@ def test_other_choices_after_opening_are_refused(tmp_path):
     SealedSets({"a": lambda: 1}, choices).open()
     SealedSets({"a": lambda: 1}, choices).open()  # the same choices: an interrupted run goes on
     choices.write_text('{"lora": 0.003}')
-    with pytest.raises(GuardError, match="not what it was when the sets were opened"):
+    with pytest.raises(GuardError, match="not what they were when the sets were opened"):
         SealedSets({"a": explode}, choices).open()
     (tmp_path / "opened.json").write_text("torn")
     with pytest.raises(GuardError, match="cannot be read"):

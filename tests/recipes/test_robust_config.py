@@ -87,6 +87,8 @@ def test_a_list_of_kinds_is_one_value(load):
         ({"train": {"learning_rate": 1e-3}}, "train.learning_rate: has no place here: it is for methods"),
         ({"train": {"total_steps": 5}}, "train.total_steps: has no place here: it is for streams"),
         ({"ood": [{"name": "pets", "test": "far.jsonl"}]}, "'pets' is the name of the task"),
+        ({"ood": [{"name": "a/b", "test": "far.jsonl"}]}, r"ood\[0\].name: domain name 'a/b': it becomes a file name"),
+        ({"ood": [{"name": " far", "test": "far.jsonl"}]}, "a domain name must be a string without white space"),
         ({"ood": [{"name": "far"}]}, "give test .a file. or hub, one of the two"),
         ({"ood": [{"name": "far", "test": "f", "text": "a", "image": "b"}]}, "one or the other"),
         ({"ood": [{"name": "far", "test": "f"}] * 2}, "ood: 'far' is there twice"),
@@ -112,3 +114,6 @@ def test_a_file_that_holds_nothing(tmp_path):
 def test_methods_may_have_names(load):
     config = load(methods=[LORA, {**LORA, "name": "large", "adapter": {"r": 8}}, WHOLE], frontier=["large"])
     assert [entry.key for entry in config.methods] == ["sequential-lora", "large", "sequential-linear"]
+    untitled = {**LORA, "learning_rate": [1e-3], "title": None}
+    several = load(methods=[untitled, {**untitled, "name": "large"}, {**untitled, "name": "b", "title": "B"}])
+    assert [one.config.title for one in several.candidates()] == ["Sequential LoRA", "large", "B"]  # told apart

@@ -173,6 +173,14 @@ def test_labels_and_rows_of_domains_are_checked_when_they_are_opened(tmp_path, t
 # --- again -----------------------------------------------------------------------------------------------------------
 
 
+def test_rows_of_the_task_in_a_domain_are_told_once(tmp_path, tiny_encoder):
+    file = sweep(tmp_path, tiny_encoder, methods=[WHOLE], frontier=[], wise=[])
+    write_rows(tmp_path / "near.jsonl", rows(24, 3) + rows(48, 0)[:4])
+    with pytest.warns(UserWarning, match="some are rows of task") as told:
+        run_robust(load_robust_config(file), tmp_path / "run")
+    assert len([one for one in told if "evaluation set 'near'" in str(one.message)]) == 1
+
+
 def test_a_finished_sweep_is_read_again_wherever_it_lies(finished, tmp_path, tiny_encoder, counted):
     folder, config = copied(finished, tmp_path)
     (folder / "run" / "results.json").unlink()
@@ -227,14 +235,17 @@ def test_after_opening_only_the_same_choices_pass(tmp_path, tiny_encoder, counte
     settings = {"methods": [WHOLE], "frontier": [], "seeds": [0], "wise": []}
     run_robust(load_robust_config(sweep(tmp_path, tiny_encoder, **settings)), tmp_path / "run")
     trained = counted.count("train")
+    kept = [(tmp_path / "run" / name).read_bytes() for name in ("choices.json", "config.yaml", "results.json")]
     longer = load_robust_config(sweep(tmp_path, tiny_encoder, **settings | {"seeds": [0, 1]}))
-    with pytest.raises(GuardError, match="not what it was when the sets were opened"):
+    with pytest.raises(GuardError, match="not what they were when the sets were opened"):
         run_robust(longer, tmp_path / "run")
     assert counted.count("train") == trained  # said before anything more was trained
     run_robust(longer, tmp_path / "other")
     other = settings | {"train": {"max_steps": 5, "batch_size": 8}}  # nothing to choose, but other models
-    with pytest.raises(GuardError, match="not what it was"):
+    with pytest.raises(GuardError, match="not what they were"):
         run_robust(load_robust_config(sweep(tmp_path, tiny_encoder, **other)), tmp_path / "run")
+    now = [(tmp_path / "run" / name).read_bytes() for name in ("choices.json", "config.yaml", "results.json")]
+    assert now == kept  # what the answers were seen after is still on record
 
 
 def test_before_opening_a_sweep_may_grow(tmp_path, tiny_encoder, counted):

@@ -92,6 +92,14 @@ def test_the_figure_has_a_way_for_each_setting_and_the_frontier(results):
     assert (frontier["y"][0], frontier["y"][-1]) == (60.0, 50.0)
 
 
+def test_bars_are_inside_the_axes(results):
+    results["settings"][2]["curve"][-1] |= {"id_test_sd": 0.2, "ood_mean_sd": 0.3}
+    layout = Page(render_robust_report(results)).figures["frontier"]["layout"]
+    for axis, low, high in (("xaxis", 65.0, 105.0), ("yaxis", 26.1, 86.1)):
+        assert layout[axis]["range"][0] < low
+        assert layout[axis]["range"][1] > high
+
+
 def test_pages_of_less(results):
     bare = copy.deepcopy(results)
     bare |= {"frontier": None, "frontier_of": [], "seeds": [0]}
@@ -136,6 +144,18 @@ def test_the_table_for_the_terminal(results):
     for words in ("reviews", "LORA", "LARGO", "85.0 ± 1.0", "46.1", "+3.6", "0.0", "1.5", "3.0 s"):
         assert words in text
     assert text.count("LORA") == 1  # its chosen setting alone
+
+
+def test_a_long_name_of_a_domain_hides_no_numbers(results):
+    name = "far " * 30
+    results["domains"][1]["name"] = name
+    for one in results["settings"]:
+        for where in one["curve"]:
+            where["ood"][name] = where["ood"].pop("far", 0.4)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(robust_table(results))
+    for words in ("LORA", "LARGO", "85.0 ± 1.0", "56.1 ± 1.0", "+3.6", "1.5", "3.0 s", "far far"):
+        assert words in console.file.getvalue()
 
 
 def test_what_is_no_sweep(results):

@@ -256,6 +256,9 @@ def test_sets_that_cannot_be_scored(make, task, others):
         trainer.score([task], "tests")
     with pytest.raises(ConfigError, match="an evaluation set or a task is needed, got dict"):
         trainer.score([{"text": "a"}])
+    for alone in (others[0], task, "near"):
+        with pytest.raises(ConfigError, match="sets: give a list of sets or a mapping of names, got one "):
+            trainer.score(alone)
     assert trainer.score([]) == {}
 
 

@@ -163,6 +163,11 @@ def _read(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+    if isinstance(value, dict) and value.get("kind") == "robust":
+        raise DataError(
+            f"{file}: this is a robustness sweep, not a run; its page is report.html in the same folder, and "
+            "growthring robust with the same configuration and folder writes it anew"
+        )
     if not isinstance(value, dict) or "matrix" not in value:
         raise DataError(f"{file}: this is no results.json: it holds no accuracy matrix")
     return value

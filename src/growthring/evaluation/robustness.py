@@ -127,13 +127,15 @@ def effective_robustness(point: RobustPoint | tuple[float, float], baseline: Fro
     """How far a point lies above the frontier of the baselines: ``rho = y - height(x)``.
 
     Positive: better outside the domain than any mixture of the baselines that is as good inside. (Taori et al. 2020
-    subtract what a fit through standard models predicts; the hull here is a stricter comparison.)
+    subtract what a fit through standard models predicts; the hull here is a stricter comparison.) What is smaller than
+    the rounding of means, 1e-12, is exactly 0: a point on the frontier is not above it.
 
     Raises:
         DataError: The point lacks its ID test or OOD accuracies.
     """
     x, y = _pair(point)
-    return y - baseline.height(x)
+    above = y - baseline.height(x)
+    return above if abs(above) >= 1e-12 else 0.0
 
 
 def _pair(point: RobustPoint | Sequence[float]) -> tuple[float, float]:

@@ -73,8 +73,8 @@ class SealedSets:
         marker = self._marker()
         if marker is not None and marker != self._digest():
             raise GuardError(
-                f"{self._choices.name} is not what it was when the sets were opened: choices made now could know the "
-                f"answers. Put it back, or start in another folder than {self._choices.parent}"
+                f"the choices ({self._choices.name}) are not what they were when the sets were opened: choices made "
+                f"now could know the answers. Go back to those, or start in another folder than {self._choices.parent}"
             )
 
     def open(self) -> dict[str, Any]:

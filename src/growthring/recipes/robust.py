@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growthring._io import write_json, write_text
-from growthring.errors import ConfigError, DataError
+from growthring.errors import ConfigError, DataError, GuardError
 from growthring.evaluation import RobustPoint, SealedSets
 
 from . import _yaml
@@ -102,7 +103,8 @@ class _Sweep:
     def run(self) -> dict[str, Any]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", _yaml.dump(self.config.resolved()))
+            if not (self.folder / "opened.json").is_file():  # else only if the choices pass
+                self._write_config()
         except OSError as error:
             raise ConfigError(
                 f"the folder {self.folder} cannot be written: {error.strerror or error}; choose another"
@@ -110,7 +112,7 @@ class _Sweep:
         choices = self._search()
         final = self._finals(choices)
         self._write_choices(choices, final)
-        self.sealed.check()  # before hours of training that no set would be opened for
+        self._write_config()
         for number, point in enumerate(final):
             self._train(point, "train", number, len(final))
         self._prune(final)
@@ -159,9 +161,15 @@ class _Sweep:
             chosen += several if entry.key in self.config.frontier else [several[choice["index"]]]
         return [self._point(candidate, seed) for candidate in chosen for seed in self.config.seeds]
 
+    def _write_config(self) -> None:
+        write_text(self.folder / "config.yaml", _yaml.dump(self.config.resolved()))
+
     def _write_choices(self, choices: Sequence[Mapping[str, Any]], final: Sequence[_Point]) -> None:
+        """Write the choices; where the domains were opened after others, those stay, and an error says so."""
+        place = self.folder / "choices.json"
+        before = place.read_text(encoding="utf-8") if place.is_file() else None
         write_json(
-            self.folder / "choices.json",
+            place,
             {
                 "by": "accuracy on the validation rows of the task",
                 "task": self.task.name,
@@ -171,6 +179,12 @@ class _Sweep:
                 "domains": list(self.sealed.names),
             },
         )
+        try:
+            self.sealed.check()  # before hours of training that no set would be opened for
+        except GuardError:
+            if before is not None:
+                write_text(place, before)
+            raise
 
     def _train(self, point: _Point, stage: str, number: int, total: int) -> None:
         """Train one point, unless it is there; what is there is whole, since ``point.json`` is written last."""
@@ -179,8 +193,7 @@ class _Sweep:
         self._progress(f"{stage} {self._label(point)}", number, total)
         trainer = self._trainer(point, trained=True)
         trainer.fit()
-        kept = point.seed in self.config.seeds
-        if kept:
+        if point.seed in self.config.seeds:
             trainer.save(point.folder)
         write_json(
             point.folder / "point.json",
@@ -193,7 +206,6 @@ class _Sweep:
                 "deviation": trainer.deviation(),
                 "trained": trainer.trained,
                 "seconds": trainer.seconds,
-                "kept": kept,
             },
         )
 
@@ -209,7 +221,9 @@ class _Sweep:
             trainer.restore(point.folder)
             trainer.seconds = about["seconds"]
             setting = point.candidate.chosen
-            points = [trainer.point(sets, alpha=alpha, setting=setting).to_dict() for alpha in alphas]
+            with warnings.catch_warnings():  # what there is to say of a set was said when it was opened
+                warnings.filterwarnings("ignore", message="evaluation set ", category=UserWarning)
+                points = [trainer.point(sets, alpha=alpha, setting=setting).to_dict() for alpha in alphas]
             known = {"of": stamp, "points": points}
             write_json(point.folder / "scores.json", known)
         return [RobustPoint.from_dict(one) for one in known["points"]]

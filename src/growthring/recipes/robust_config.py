@@ -59,6 +59,15 @@ class DomainConfig(Section):
 
     _absolute = field_validator("test")(lambda path, info: path and absolute(path, info))
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_file(cls, name: str) -> str:
+        """Checked here, since the set itself is only made when all is trained."""
+        from growthring.streams._checks import check_name
+
+        check_name(name, "domain")
+        return name
+
     @model_validator(mode="after")
     def _one_source(self) -> DomainConfig:
         if (self.test is None) == (self.hub is None):
@@ -77,7 +86,9 @@ class RobustMethod(Section):
         description="A method that growthring methods lists.", json_schema_extra={"enum": list(METHODS)}
     )
     name: Name | None = Field(default=None, description="What it is called here, unique. Default: the method.")
-    title: Name | None = Field(default=None, description="What tables and pages call it. Default: the method's title.")
+    title: Name | None = Field(
+        default=None, description="What tables and pages call it. Default: name, else the method's title."
+    )
     learning_rate: Annotated[list[Rate], Field(min_length=1)] | None = Field(
         default=None, description="Learning rates to choose from. Default: that of the method alone."
     )
@@ -268,7 +279,7 @@ class RobustConfig(Section):
         found: list[Candidate] = []
         for place, entry in enumerate(self.methods):
             for rate, guard in entry.grid():
-                data = {**shared, "method": entry.method, "title": entry.title, "adapter": entry.adapter}
+                data = {**shared, "method": entry.method, "title": entry.title or entry.name, "adapter": entry.adapter}
                 data["optimizer"] = entry.optimizer
                 data |= {"guard": guard, "train": {**train, "learning_rate": rate}}
                 config = checked(RunConfig, data, where=f"methods[{place}] ({entry.key})", base=None, least="")

@@ -15,7 +15,7 @@ from growthring._io import write_text
 from growthring.errors import DataError
 
 from . import _format as fmt
-from .figures import to_json
+from .figures import NAME_LIMIT, to_json
 from .page import environment, plotly
 from .robust_figure import frontier_figure, slots
 
@@ -34,8 +34,8 @@ def robust_table(results: Results) -> Table:
 
     Returns:
         A table with one line a method: accuracy on the validation and the test rows of the task, the mean over other
-        domains and each of them, what lies above the frontier (percentage points), ``||W - W0||_F`` and time. Below
-        the first line stands the start, where it was scored.
+        domains, what lies above the frontier (percentage points), ``||W - W0||_F``, time, and each domain: last, since
+        a narrow terminal cuts off what stands there.
 
     Raises:
         DataError: A key is missing.
@@ -44,8 +44,8 @@ def robust_table(results: Results) -> Table:
     domains = [domain["name"] for domain in results["domains"]]
     table = Table(title=Text(f"{results['task']['name']}: accuracy in %"), title_justify="left")
     table.add_column("method", min_width=12)
-    for name in ("ID val", "ID test", "OOD mean", *domains, "above", "deviation", "time"):
-        table.add_column(Text(name), justify="right", no_wrap=True)
+    for name in ("ID val", "ID test", "OOD mean", "above", "deviation", "time", *domains):
+        table.add_column(Text(fmt.shorten(name, NAME_LIMIT)), justify="right", no_wrap=True)
     several = len(results["seeds"]) > 1
     for row in _chosen(results):
         place = row["curve"][-1]
@@ -55,10 +55,10 @@ def robust_table(results: Results) -> Table:
             fmt.percent(place["id_validation"]),
             _with_spread(place["id_test"], place["id_test_sd"], several),
             Text(_with_spread(place["ood_mean"], place["ood_mean_sd"], several), style="bold"),
-            *(fmt.percent(place["ood"][name]) for name in domains),
             Text(fmt.points(above).replace(fmt.MINUS, "-"), style="green" if (above or 0) > 0 else ""),
             fmt.small(place["deviation"]),
             fmt.duration(place["seconds"]),
+            *(fmt.percent(place["ood"][name]) for name in domains),
         )
     return table
 

@@ -27,8 +27,7 @@ def frontier_figure(results: Mapping[str, Any]) -> Figure:
     names = slots(results)
     rows = sorted(results["settings"], key=lambda row: not row["chosen"])
     traces = [_setting(row, names.index(row["name"])) for row in rows]
-    across = _span([place["id_test"] for row in rows for place in row["curve"]])
-    up = _span([place["ood_mean"] for row in rows for place in row["curve"]])
+    across, up = (_span(rows, key) for key in ("id_test", "ood_mean"))
     if results.get("frontier"):
         traces.append(_frontier(results["frontier"], across))
     layout: Figure = {
@@ -81,7 +80,11 @@ def _frontier(corners: Sequence[Sequence[float]], across: Sequence[float]) -> Fi
     }
 
 
-def _span(values: Sequence[float]) -> list[float]:
+def _span(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The range of an axis: every place, and the bars of chosen settings."""
+    values = [place[key] for row in rows for place in row["curve"]]
+    for last in (row["curve"][-1] for row in rows if row["chosen"]):
+        values += [last[key] - last[f"{key}_sd"], last[key] + last[f"{key}_sd"]]
     low, high = 100 * min(values), 100 * max(values)
     room = max(_ROOM * (high - low), (_LEAST - (high - low)) / 2, 0.5)
     return [low - room, high + room]

@@ -30,12 +30,14 @@ __all__ = [
 _SHOWN = 40  # characters of a value that an error message shows
 
 
-def check_name(name: Any) -> None:
-    """Raise unless ``name`` is a plain string that can name a file."""
+def check_name(name: Any, what: str = "task") -> None:
+    """Raise unless ``name`` is a plain string that can name a file; ``what`` says of what it is the name."""
     if not isinstance(name, str) or not name.strip() or name != name.strip():
-        raise ConfigError(f"a task name must be a string without white space around it, got {name!r}")
+        raise ConfigError(f"a {what} name must be a string without white space around it, got {name!r}")
     if name in (".", "..") or any(mark in '/\\:*?"<>|' or not mark.isprintable() for mark in name):
-        raise ConfigError(f"task name {name!r}: it becomes a file name; use letters, digits, blank, '-', '_' and '.'")
+        raise ConfigError(
+            f"{what} name {name!r}: it becomes a file name; use letters, digits, blank, '-', '_' and '.'"
+        )
 
 
 def check_counts(seed: Any, **counts: int | None) -> None:

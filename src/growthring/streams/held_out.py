@@ -43,7 +43,7 @@ class EvaluationSet:
     def __init__(
         self, name: str, rows: Any, *, text: str = "text", image: str | None = None, label: str = "label"
     ) -> None:
-        check_name(name)
+        check_name(name, "set")
         if image is not None and text != "text":
             raise ConfigError(f"set {name!r}: text={text!r} and image={image!r}; its inputs are one or the other")
         where = f"evaluation set {name!r}"

@@ -68,8 +68,8 @@ def merge_weight(guards: Sequence[Guard]) -> float:
     bounds = [guard.name for guard in guards if isinstance(guard, FTP | Radius)]
     if found and bounds:
         raise ConfigError(
-            f"the guard {found[0][0]} has merge > 0, which blends in a training without guards, and {bounds[0]} bounds "
-            "how far weights move: the blend would lie outside. Leave merge at 0, or drop the other guard"
+            f"the guard {found[0][0]} has merge > 0, which blends in a training without guards, and {bounds[0]} "
+            "bounds how far weights move: the blend would lie outside. Leave merge at 0, or drop the other guard"
         )
     return found[0][1] if found else 0.0
 
