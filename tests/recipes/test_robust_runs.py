@@ -273,9 +273,20 @@ def test_folders_that_hold_something_else(tmp_path, tiny_encoder):
         run_robust(config, tmp_path / "far.jsonl")
     torn = tmp_path / "torn"
     run_robust(load_robust_config(sweep(tmp_path, tiny_encoder, methods=[WHOLE], frontier=[], seeds=[0])), torn)
-    (next((torn / "points").iterdir()) / "point.json").write_text("{")
-    with pytest.raises(DataError, match="remove its folder to train it again"):
-        run_robust(load_robust_config(tmp_path / "sweep.yaml"), torn)
+    (point,) = (torn / "points").iterdir()
+    (point / "weights.safetensors").write_text("torn")
+    for file, text, message in (
+        ("scores.json", "{}", "scores.json lacks of"),
+        ("scores.json", None, "weights.safetensors cannot be read"),
+        ("point.json", "{}", "point.json lacks id_validation"),
+        ("point.json", "{", "point.json cannot be read as JSON"),
+    ):
+        if text is None:
+            (point / file).unlink()
+        else:
+            (point / file).write_text(text)
+        with pytest.raises(DataError, match=f"{message}.*; remove its folder to train it again"):
+            run_robust(load_robust_config(tmp_path / "sweep.yaml"), torn)
 
 
 # --- other methods and inputs ----------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_pages_of_less(results):
     assert len(page.figures["frontier"]["data"]) == 3
     below = copy.deepcopy(results)
     below["settings"][2]["curve"][-1]["effective_robustness"] = -0.02
-    assert "LARGO: no method lies above it" in Page(render_robust_report(below)).text
+    assert "LARGO: no trained model lies above it" in Page(render_robust_report(below)).text
     same = copy.deepcopy(results)  # everything at one point: axes still have a width
     for one in same["settings"]:
         one["curve"] = [place(1.0, 0.5, 0.5, 0.0)]

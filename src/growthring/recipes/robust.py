@@ -38,6 +38,11 @@ _SAME_START = ("lora", "largo", "linear", "full", "ia3", "bottleneck")
 _NO_PART = ("stream", "title", "threads", "output", "tensorboard")
 """Settings that tell no training from another; of the stream the rows count, wherever they lie."""
 
+_HOLDS = {"point.json": ("id_validation", "seconds"), "scores.json": ("of", "points")}
+"""What is read of the files of a point."""
+
+_AGAIN = "remove its folder to train it again"
+
 
 @dataclass(frozen=True)
 class _Point:
@@ -53,9 +58,12 @@ class _Point:
         if not file.is_file():
             return None
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{file} cannot be read as JSON: {error}; remove its folder to train it again") from None
+            raise DataError(f"{file} cannot be read as JSON: {error}; {_AGAIN}") from None
+        if absent := [key for key in _HOLDS[name] if key not in found]:
+            raise DataError(f"{file} lacks {absent[0]}; {_AGAIN}")
+        return found
 
 
 def run_robust(
@@ -218,7 +226,10 @@ class _Sweep:
         if known is None or known["of"] != stamp:
             self._progress(f"score {self._label(point)}", number, total)
             trainer = self._trainer(point, trained=False)
-            trainer.restore(point.folder)
+            try:
+                trainer.restore(point.folder)
+            except DataError as error:
+                raise DataError(f"{error}; {_AGAIN}") from None
             trainer.seconds = about["seconds"]
             setting = point.candidate.chosen
             with warnings.catch_warnings():  # what there is to say of a set was said when it was opened

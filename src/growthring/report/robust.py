@@ -189,7 +189,7 @@ def _cards(chosen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "label": "Highest above the frontier" if value > 0 else "Nearest to the frontier",
                 "value": fmt.points(value),
                 "unit": "points",
-                "note": above["title"] if value > 0 else f"{above['title']}: no method lies above it",
+                "note": above["title"] if value > 0 else f"{above['title']}: no trained model lies above it",
                 "tone": "",
                 "name": False,
             }
