@@ -41,6 +41,7 @@ bench: $(VENV)/.base
 	$(BIN)/python benchmarks/pegp_overhead.py
 	$(BIN)/python benchmarks/pegp_drift.py
 	$(BIN)/python benchmarks/gorp_step.py
+	$(BIN)/python benchmarks/largo_step.py
 
 bench-quality: $(VENV)/.base
 	$(BIN)/python benchmarks/demo_sweep.py
