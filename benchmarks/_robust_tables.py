@@ -75,7 +75,7 @@ class Bench:
             yield rate, [r for r in self.finals if (r["method"], r["learning_rate"]) == (method, rate)]
 
     def baseline(self, seed: int | None = None) -> Frontier | None:
-        """The frontier: of one seed, or of means over the seeds that every setting has."""
+        """The frontier: of one seed, or of means over seeds, which has less luck in it."""
         corners: list[Point] = []
         for _, runs in self.settings(BASELINE):
             for alpha in sorted({p["alpha"] for r in runs for p in r["points"]}):
@@ -84,14 +84,15 @@ class Bench:
                     corners.append(mean(points))
         return frontier(corners) if corners else None
 
-    def heights(self, runs: Sequence[Json], alpha: float = 1.0) -> list[float]:
-        """Height above the frontier of the same seed, one for each run."""
-        found = []
-        for r in runs:
-            line = self.baseline(r["seed"])
-            if line is not None:
-                found.append(effective_robustness(at(r, alpha), line))
-        return found
+    def height(self, runs: Sequence[Json], alpha: float = 1.0) -> float | None:
+        """Height of the mean over seeds above the frontier of means."""
+        line = self.baseline()
+        return effective_robustness(mean([at(r, alpha) for r in runs]), line) if runs and line is not None else None
+
+    def above(self, runs: Sequence[Json], alpha: float = 1.0) -> int:
+        """Seeds that lie above the frontier of the same seed."""
+        lines = [(r, self.baseline(r["seed"])) for r in runs]
+        return sum(line is not None and effective_robustness(at(r, alpha), line) > 0 for r, line in lines)
 
 
 def place(run: Json, alpha: float = 1.0) -> Json:
@@ -128,14 +129,24 @@ def quality(name: str) -> Callable[[Stored], str]:
                 runs = bench.chosen(method)
                 if runs:
                     body.append([f"{TITLES[method]}, WiSE {alpha:g}", *_row(bench, runs, domains, alpha)])
-        head = ("method", "learning rate", "strength", "ID", "OOD mean", "above frontier", *domains, "deviation")
+        head = (
+            "method",
+            "learning rate",
+            "strength",
+            "ID",
+            "OOD mean",
+            "above frontier",
+            "seeds above",
+            *domains,
+            "deviation",
+        )
         size = about["sizes"][name]
         lost = f"{counted(len(bench.failed), 'run')} failed and left out. " if bench.failed else ""
         kind = "A development bench. " if name in about["development"] else "Not a development bench. "
         words = (
             f"{kind}Percent. {size['train']} training rows, {size['epochs']} epochs, batch {size['batch']}. "
             f"{counted(len(bench.search), 'run')} of the search on validation rows of seed {about['search_seed']}. "
-            f"Above frontier: against LoRA's of the same seed. {seeds_of(bench.finals)}{lost}"
+            f"{seeds_of(bench.finals)}{lost}"
         )
         return f"{grid(head, body)}\n\n{origin(QUALITY, about['machine'], words)}"
 
@@ -160,7 +171,8 @@ def _row(
         strengths or NONE,
         spread([p[0] for p in points]),
         spread([p[1] for p in points]),
-        spread(bench.heights(runs, alpha), sign=True),
+        spread([bench.height(runs, alpha)], sign=True),
+        f"{bench.above(runs, alpha)} of {len(runs)}" if runs else NONE,
         *(spread([p["ood"][domain] for p in places]) for domain in domains),
         spread([p["deviation"] for p in places], scale=1.0),
     ]
@@ -215,8 +227,7 @@ def verdicts(stored: Stored) -> str:
         found = {name: bench.chosen(method) for name, bench in benches.items()}
         cells = []
         for name, runs in found.items():
-            heights = benches[name].heights(runs)
-            cells.append(f"{spread(heights, sign=True)}, {_verdict(heights)}" if heights else NONE)
+            cells.append(_verdict(benches[name], runs))
         scores = [score(r) for name in about["development"] for r in found[name]]
         body.append([title, *cells, f"{100 * statistics.fmean(scores):.1f}" if scores else NONE])
     head = ("method", *(f"above the frontier, {name}" for name in BENCHES), "development score")
@@ -246,9 +257,9 @@ def robust_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None
         words = []
         for name in BENCHES:
             bench = Bench(stored, name)
-            heights = bench.heights(bench.chosen(method))
-            if heights:
-                words.append(f"{name}: {_verdict(heights)} ({spread(heights, sign=True)})")
+            runs = bench.chosen(method)
+            if runs:
+                words.append(f"{name}: {_verdict(bench, runs)}")
         claim = f"{TITLES[method]} lies above the frontier of LoRA's learning rates and WiSE curves"
         rows.append((claim, QUALITY, "; ".join(words) or None))
     found: Any = stored.get(STEP[0])
@@ -262,9 +273,11 @@ def robust_claims(stored: Stored) -> list[tuple[str, tuple[str, str], str | None
     return rows
 
 
-def _verdict(heights: Sequence[float]) -> str:
-    """In words: all seeds above, none, or some."""
-    above = sum(h > 0 for h in heights)
-    if above == len(heights):
-        return "yes, every seed"
-    return "**no**" if above == 0 else f"**{above} of {counted(len(heights), 'seed')}**"
+def _verdict(bench: Bench, runs: Sequence[Json]) -> str:
+    """Above the frontier or not: the mean, and how many seeds are above their own."""
+    height = bench.height(runs)
+    if height is None:
+        return NONE
+    above = bench.above(runs)
+    word = "yes" if height > 0 and above == len(runs) else "**no**" if height <= 0 else "**not every seed**"
+    return f"{word} ({spread([height], sign=True)}; {above} of {len(runs)} seeds)"
