@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 from gorp_lines import gorp_lines, gorp_step
+from robust_lines import largo_step, robust_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {"cores": 2, "threads": 1, "processor": "x86_64", "versions": {"torch": "9.9.9"}}
@@ -163,6 +164,8 @@ def stored() -> dict[str, Any]:
         "pegp_quality.jsonl": quality(),
         "gorp_quality.jsonl": gorp_lines(MACHINE),
         "gorp_step.json": gorp_step(MACHINE),
+        "robust_quality.jsonl": robust_lines(MACHINE),
+        "largo_step.json": largo_step(MACHINE),
         "pegp_drift.json": {
             "machine": MACHINE,
             "steps": 200,
@@ -389,6 +392,8 @@ def test_zero_shot_says_when_seeds_are_missing(tables: ModuleType, repository: P
         "zero_shot.json",
         "gorp_quality.jsonl",
         "gorp_step.json",
+        "robust_quality.jsonl",
+        "largo_step.json",
     ],
 )
 def test_what_is_not_measured_says_how(tables: ModuleType, repository: Path, name: str) -> None:
