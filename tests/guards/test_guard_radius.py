@@ -241,7 +241,8 @@ def test_after_every_step_it_is_inside_and_points_where_it_did(kind, granularity
         size = balls.sizes()
         guard.after_step()
         gamma = guard._task.radii()
-        assert bool((balls.sizes() <= gamma * (1 + 1e-12)).all())
+        # a plain weight is rounded where it stands, not where its small difference does
+        assert bool((balls.sizes() <= gamma * (1 + 1e-12) + 1e-15 * (kind == "weight")).all())
         ratio = (gamma / size).clamp(max=1.0)
         for stack in balls._stacks:
             for part, index in zip(stack.parts, stack.index, strict=True):

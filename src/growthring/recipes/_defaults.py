@@ -66,7 +66,7 @@ GUARD_DEFAULTS: Mapping[GuardName, Mapping[str, Any]] = {
         "source": "gradient",
         "project": "update",
     },
-    "radius": {"mu": 0.1, "kappa": 1.0, "unit": "step", "granularity": "factor"},
+    "radius": {"mu": 1.0, "kappa": 1.0, "unit": "step", "granularity": "factor"},
     "directional": {"mu": 0.01, "weight": 0.0},
     "l2-sp": {"weight": 0.01},
     "ftp": {"mu": 0.01, "kappa": 1.0, "norm": "rows"},
