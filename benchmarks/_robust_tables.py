@@ -124,11 +124,11 @@ def quality(name: str) -> Callable[[Stored], str]:
         body = [_start(bench, domains)]
         for method, title in TITLES.items():
             body.append([title, *_row(bench, bench.chosen(method), domains)])
-        for alpha in about["alphas"]:
-            for method in ("lora", "linear"):
-                runs = bench.chosen(method)
-                if runs:
-                    body.append([f"{TITLES[method]}, WiSE {alpha:g}", *_row(bench, runs, domains, alpha)])
+        for method in TITLES:
+            runs = bench.chosen(method)
+            between = {p["alpha"] for r in runs for p in r["points"]} - {0.0, 1.0}
+            for alpha in sorted(between):
+                body.append([f"{TITLES[method]}, WiSE {alpha:g}", *_row(bench, runs, domains, alpha)])
         head = (
             "method",
             "learning rate",

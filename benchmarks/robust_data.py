@@ -35,7 +35,7 @@ POOL_SEED = 0
 SIZES: Mapping[str, Size] = {
     "sentiment": Size(800, 400, 800, 2, 16, 32),
     "topics": Size(800, 400, 800, 2, 16, 32),
-    "emoji": Size(500, 200, 400, 2, 16, 70),
+    "emoji": Size(400, 150, 300, 2, 16, 70),
 }
 OTHER_ROWS = 400
 """Test rows of every other domain, where there are as many."""

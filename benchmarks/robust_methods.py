@@ -23,7 +23,12 @@ FRONTIER = ("lora",)
 """Trained at every learning rate; with the WiSE curve of each they make the frontier."""
 CURVES = ("lora", "linear")
 """Methods whose WiSE curve is drawn too."""
-ALPHAS = (0.25, 0.5, 0.75)
+ALPHAS: Mapping[str, tuple[float, ...]] = {
+    "sentiment": (0.25, 0.5, 0.75),
+    "topics": (0.25, 0.5, 0.75),
+    "emoji": (0.5,),  # images take longer to score
+}
+"""Places of a WiSE curve between start and end, by bench."""
 
 
 @dataclass(frozen=True)

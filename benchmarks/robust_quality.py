@@ -128,7 +128,7 @@ def run(job: Job, sources: data.Sources) -> dict[str, Any]:
         others = {name: load() for name, load in _task(job.cell.stream, job.seed, sources)[1].items()}
         places = [1.0]
         if job.cell.method in methods.CURVES:
-            places = [*methods.ALPHAS, 1.0]
+            places = [*methods.ALPHAS[job.cell.stream], 1.0]
         if job.cell.method == "lora" and job.setting.learning_rate == methods.LOW_RANK_RATES[0]:
             places = [0.0, *places]  # the untouched model with its probe
         points = [fitted.point(others, alpha=alpha).to_dict() for alpha in places]
@@ -176,7 +176,7 @@ def main() -> None:
     sources = data.Sources(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(data.Sources)})
     benches = asked.benches or sources.benches()
     deadline = time.monotonic() + 60 * asked.budget_minutes
-    book = Book(asked.out, data.SIZES, rank=methods.RANK, alphas=methods.ALPHAS, development=data.DEVELOPMENT)
+    book = Book(asked.out, data.SIZES, rank=methods.RANK, development=data.DEVELOPMENT)
     measure = functools.partial(run, sources=sources)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(asked.workers, mp_context=context) as pool:
