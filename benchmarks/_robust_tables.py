@@ -228,10 +228,11 @@ def verdicts(stored: Stored) -> str:
         cells = []
         for name, runs in found.items():
             cells.append(_verdict(benches[name], runs))
-        scores = [score(r) for name in about["development"] for r in found[name]]
-        body.append([title, *cells, f"{100 * statistics.fmean(scores):.1f}" if scores else NONE])
+        scores = [statistics.fmean(map(score, found[name])) for name in about["development"] if found[name]]
+        whole = len(scores) == len(about["development"])
+        body.append([title, *cells, f"{100 * statistics.fmean(scores):.1f}" if whole else NONE])
     head = ("method", *(f"above the frontier, {name}" for name in BENCHES), "development score")
-    more = "Development score: ID validation plus OOD mean, halved, over the development benches; percent. "
+    more = "Development score: the mean of ID validation and OOD mean over the development benches, percent. "
     return f"{grid(head, body)}\n\n{origin(QUALITY, about['machine'], more)}"
 
 

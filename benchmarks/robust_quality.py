@@ -188,7 +188,7 @@ def main() -> None:
                     return
             others = [cell for cell in cells if cell.method not in methods.FRONTIER]
             jobs = [*frontier_jobs(cells, range(asked.seeds), book), *final_jobs(others, range(asked.seeds), book)]
-            if not work(jobs, book, measure, pool, deadline):
+            if not work(sorted(jobs, key=lambda job: job.seed), book, measure, pool, deadline):
                 return
 
 

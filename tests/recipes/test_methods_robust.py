@@ -87,7 +87,7 @@ def test_our_readings_are_called_that(name):
 
 
 def test_the_guards_are_what_the_names_say():
-    kinds = {"largo": guards.Radius, "largo-f": guards.Radius, "largo-p": guards.Radius, "largo-d": guards.Directional}
+    kinds = {"largo": guards.Directional, "largo-f": guards.Radius, "largo-p": guards.Radius, "largo-d": guards.Directional}
     for name, kind in (kinds | FAMILY).items():
         (guard,) = make_guards(METHODS[name], parse_config({"method": name}).guard)
         assert type(guard) is kind
@@ -137,7 +137,7 @@ def test_defaults_that_a_method_sets_are_those_of_its_classes():
         ("pissa", {"adapter": {"dropout": 0.0}}, r"adapter.dropout: 0: .* Remove dropout"),
         ("largo-f", {"adapter": {"form": "product"}},
          r"adapter.form: 'product': the method 'largo-f' takes delta or residual. Remove form, or choose another "
-         r"method \(largo, largo-p\)"),
+         r"method \(largo-p\)"),
         ("largo-p", {"adapter": {"form": "delta"}}, r"adapter.form: 'delta': .* takes product.*\(largo-f\)"),
         ("pissa", {"adapter": {"init": "minor"}}, r"adapter.init: 'minor': .* takes principal.*\(milora\)"),
         ("milora", {"adapter": {"svd_iterations": 4}}, r"adapter.svd_iterations: 4: a randomised SVD finds"),

@@ -14,7 +14,7 @@ from ._method import Method, Paper
 
 __all__ = ["LARGO", "robust_methods"]
 
-LARGO = "largo-p"
+LARGO = "largo-d"
 """The LARGO-style reading that the method ``"largo"`` stands for."""
 
 _LARGO = Paper(
