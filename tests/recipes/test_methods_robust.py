@@ -87,7 +87,12 @@ def test_our_readings_are_called_that(name):
 
 
 def test_the_guards_are_what_the_names_say():
-    kinds = {"largo": guards.Directional, "largo-f": guards.Radius, "largo-p": guards.Radius, "largo-d": guards.Directional}
+    kinds = {
+        "largo": guards.Directional,
+        "largo-f": guards.Radius,
+        "largo-p": guards.Radius,
+        "largo-d": guards.Directional,
+    }
     for name, kind in (kinds | FAMILY).items():
         (guard,) = make_guards(METHODS[name], parse_config({"method": name}).guard)
         assert type(guard) is kind
