@@ -55,7 +55,7 @@ def write_with(path: str | Path, writer: Callable[[Path], object]) -> Path:
         try:
             writer(temporary)
         except SafetensorError as error:  # a full disk, to begin with
-            raise OSError(f"{target} cannot be written: {error}") from error
+            raise OSError(str(error)) from error
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -83,7 +83,7 @@ def test_results_follow_the_schema(build, tmp_path, method):
     keys = {"guard", "task", "task_index", "protected_tasks", "leak", "kept", "energy", "free", "dims"}
     site_keys = {"name", "kind", "dim", "rank", "free", "energy_target", "energy", "leak", "rounding"}
     for number, certificate in enumerate(found["certificates"]):
-        assert set(certificate) == keys | {"output_change", "probes", "held", "sites", "notes"}
+        assert set(certificate) == keys | {"output_change", "probes", "held", "sites", "notes", "deviations"}
         assert certificate["task_index"] == number
         for site in certificate["sites"]:
             assert set(site) == site_keys
