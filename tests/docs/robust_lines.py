@@ -16,7 +16,7 @@ def robust_lines(machine: dict[str, Any]) -> list[dict[str, Any]]:
     """
     sizes = {"train": 80, "validation": 40, "test": 80, "epochs": 2, "batch": 16, "length": 32}
     about: dict[str, Any] = {"phase": "about", "sizes": dict.fromkeys(("sentiment", "topics", "emoji"), sizes)}
-    about |= {"search_seed": 100, "machine": machine, "alphas": [0.5], "development": ["sentiment", "topics"]}
+    about |= {"search_seed": 100, "machine": machine, "development": ["sentiment", "topics"]}
     lines = [about]
 
     def add(phase: str, stream: str, method: str, seed: int, rate: float, **measured: Any) -> None:

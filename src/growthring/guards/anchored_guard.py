@@ -213,21 +213,12 @@ class AnchoredGuard(Guard):
         index = len(self.tasks)
         task = task or f"task-{index + 1}"
         self.tasks.append(task)
-        return Certificate(
-            guard=self.name,
-            task=task,
-            task_index=index,
-            protected_tasks=0,
-            leak=None,
+        return Certificate.without_sites(
+            self.name,
+            task,
+            index,
             kept=not broken if any(one.kept is not None for one in deviations) else None,
-            energy=0.0,
-            free=0,
-            dims=0,
-            output_change=None,
-            probes=0,
-            held=0,
-            sites=(),
-            notes=tuple(notes),
+            notes=notes,
             deviations=deviations,
         )
 

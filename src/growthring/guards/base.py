@@ -121,6 +121,36 @@ class Certificate:
     notes: tuple[str, ...] = ()
     deviations: tuple[DeviationCertificate, ...] = field(default=(), repr=False)
 
+    @classmethod
+    def without_sites(
+        cls,
+        guard: str,
+        task: str,
+        task_index: int,
+        *,
+        kept: bool | None = None,
+        notes: Iterable[str] = (),
+        deviations: tuple[DeviationCertificate, ...] = (),
+    ) -> Certificate:
+        """What a guard says that protects no features: nothing leaks, and no dimension is counted."""
+        return cls(
+            guard=guard,
+            task=task,
+            task_index=task_index,
+            protected_tasks=0,
+            leak=None,
+            kept=kept,
+            energy=0.0,
+            free=0,
+            dims=0,
+            output_change=None,
+            probes=0,
+            held=0,
+            sites=(),
+            notes=tuple(notes),
+            deviations=deviations,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The certificate as plain values for JSON."""
         return {

@@ -109,21 +109,11 @@ class FreshLoRA(BranchGuard):
                 notes.append(f"{narrow} weights in half precision took up their branch; small changes round away")
             self._kept.remove(branch)
             self._marks = self._computed(branches)
-        return Certificate(
-            guard=self.name,
-            task=task,
-            task_index=index,
-            protected_tasks=0,
-            leak=None,
-            kept=None,
-            energy=0.0,
-            free=0,
-            dims=0,
-            output_change=None,
-            probes=0,
-            held=0,
-            sites=(),
-            notes=tuple(notes),
+        return Certificate.without_sites(
+            self.name,
+            task,
+            index,
+            notes=notes,
         )
 
     def settings(self) -> dict[str, Any]:

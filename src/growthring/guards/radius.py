@@ -228,21 +228,12 @@ class Radius(Guard):
             notes.append(f"{len(broken)} layers are outside their bounds (the first: {broken[0]})")
         self.tasks.append(task)
         self._task = None
-        return Certificate(
-            guard=self.name,
-            task=task,
-            task_index=index,
-            protected_tasks=0,
-            leak=None,
+        return Certificate.without_sites(
+            self.name,
+            task,
+            index,
             kept=None if any(d.kept is None for d in deviations) else not broken,
-            energy=0.0,
-            free=0,
-            dims=0,
-            output_change=None,
-            probes=0,
-            held=0,
-            sites=(),
-            notes=tuple(notes),
+            notes=notes,
             deviations=deviations,
         )
 

@@ -99,25 +99,22 @@ def add(tensors: Sequence[Tensor], parts: Tensor) -> Tensor:
     Returns:
         The sums; ``parts`` itself where nothing is spread. One all-reduce for each axis of the mesh that shards.
     """
-    if not tensors or not spread(tensors[0]):
-        return parts
-    mesh: Any = tensors[0].device_mesh  # type: ignore[attr-defined]
-    parts = parts.contiguous()
-    for axis, placement in enumerate(tensors[0].placements):  # type: ignore[attr-defined]
-        if type(placement).__name__ == "Shard":
-            dist.all_reduce(parts, group=mesh.get_group(axis))
-    return parts
+    return _reduced(tensors, parts, dist.ReduceOp.SUM)
 
 
 def most(tensors: Sequence[Tensor], parts: Tensor) -> Tensor:
     """As :func:`add`, the largest in place of the sum."""
+    return _reduced(tensors, parts, dist.ReduceOp.MAX)
+
+
+def _reduced(tensors: Sequence[Tensor], parts: Tensor, how: Any) -> Tensor:
     if not tensors or not spread(tensors[0]):
         return parts
     mesh: Any = tensors[0].device_mesh  # type: ignore[attr-defined]
     parts = parts.contiguous()
     for axis, placement in enumerate(tensors[0].placements):  # type: ignore[attr-defined]
         if type(placement).__name__ == "Shard":
-            dist.all_reduce(parts, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+            dist.all_reduce(parts, op=how, group=mesh.get_group(axis))
     return parts
 
 

@@ -216,7 +216,7 @@ class GuardSettings(Section):
         default=None,
         gt=0,
         description="Radius, directional, FTP, TPGM: learning rate of the radii, or of the strengths, that are "
-        "trained beside the weights. Default: radius 0.1 (in units), the others 0.01.",
+        "trained beside the weights. Default: radius 1 (in units), the others 0.01.",
     )
     kappa: float | None = Field(
         default=None,
